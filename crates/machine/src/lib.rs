@@ -21,5 +21,6 @@
 pub mod bus;
 pub mod device;
 pub mod engine;
+pub mod layout;
 pub mod memory;
 pub mod virtio;
