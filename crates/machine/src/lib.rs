@@ -19,6 +19,7 @@
 //! lists.
 
 pub mod bus;
+pub mod console;
 pub mod device;
 pub mod engine;
 pub mod layout;
