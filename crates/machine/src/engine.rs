@@ -7,9 +7,15 @@
 //! An engine calls the machine's buses from inside [`Vcpu::run`], which therefore returns only when
 //! the vCPU has to stop.
 
+mod boot_state;
+pub mod state;
+
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::dirty::DirtySource;
+use state::{PlatformState, VcpuState};
 
 /// Where a vCPU's accesses outside RAM go.
 pub trait BusAccess: Send + Sync {
@@ -41,7 +47,9 @@ pub trait Kick: Send + Sync {
     fn kick(&self);
 }
 
-/// An interrupt pin: ISA IRQ or PCI INTx, by its global system interrupt number.
+/// One driver of an interrupt pin: ISA IRQ or PCI INTx, by its global system interrupt number.
+///
+/// Several devices may drive the same pin; it is high while any of them drives it high.
 pub trait InterruptLine: Send + Sync {
     /// Drives the line high or low. An edge-triggered input sees the rise.
     fn set(&self, level: bool);
@@ -85,7 +93,7 @@ pub enum DoorbellAddress {
 
 /// What of an engine a device may use.
 pub trait InterruptSource: Send + Sync {
-    /// The line with that global system interrupt number (0 to 23).
+    /// A driver of its own for the line with that global system interrupt number (0 to 23).
     fn line(&self, gsi: u32) -> Arc<dyn InterruptLine>;
 
     /// A new, masked vector.
@@ -115,6 +123,91 @@ pub trait InterruptSource: Send + Sync {
     ) -> Result<(), EngineError>;
 }
 
+/// One virtual processor. It belongs to the thread that runs it; others reach it by its [`Kick`].
+pub trait Vcpu: Send {
+    /// Executes the guest until the vCPU has to stop; what it accesses outside RAM goes to `bus`,
+    /// from inside this call.
+    ///
+    /// An application processor waits in here for its start-up message, and a halted one for an
+    /// interrupt. When this returns [`Exit::Kicked`] the state is between two instructions.
+    ///
+    /// # Errors
+    ///
+    /// The engine itself fails; the guest cannot go on.
+    fn run(&mut self, bus: &dyn BusAccess) -> Result<Exit, EngineError>;
+
+    /// What makes [`Vcpu::run`] return. It may outlive the vCPU.
+    fn kick_handle(&self) -> Arc<dyn Kick>;
+
+    /// Everything the guest can observe of the vCPU.
+    ///
+    /// # Errors
+    ///
+    /// The engine refuses.
+    fn save(&mut self) -> Result<VcpuState, EngineError>;
+
+    /// Takes a state that a vCPU of the same index and CPU profile has saved, here or elsewhere. The
+    /// platform is restored before the vCPUs, all of them before any runs.
+    ///
+    /// # Errors
+    ///
+    /// The engine does not take part of the state; the vCPU must not run then.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+
+    /// Back to the state after power-on, as a PC's reset line does, but for the time-stamp counter,
+    /// which runs on.
+    ///
+    /// # Errors
+    ///
+    /// The engine refuses.
+    fn reset(&mut self) -> Result<(), EngineError>;
+}
+
+/// What executes one VM's guest. It is shared by the VM process's threads.
+pub trait Engine: InterruptSource {
+    /// As a user names it: `kvm`.
+    fn name(&self) -> &'static str;
+
+    /// Makes the vCPU of that index, once for each index from zero; the index is its APIC ID. vCPU 0
+    /// starts running, the others wait for INIT and SIPI.
+    ///
+    /// # Errors
+    ///
+    /// The engine has no such vCPU, or has it already.
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError>;
+
+    /// The log of the pages that vCPUs write.
+    fn dirty_source(&self) -> Arc<dyn DirtySource>;
+
+    /// The interrupt controllers, the interval timer and the clock. No vCPU runs meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The engine refuses.
+    fn save_platform(&self) -> Result<PlatformState, EngineError>;
+
+    /// Takes what [`Engine::save_platform`] has given. Devices drive their lines again after that.
+    ///
+    /// # Errors
+    ///
+    /// The engine does not take it; the machine must not run then.
+    fn restore_platform(&self, state: &PlatformState) -> Result<(), EngineError>;
+
+    /// Interrupt controllers and the interval timer as after power-on; the clock runs on.
+    ///
+    /// # Errors
+    ///
+    /// The engine refuses.
+    fn reset_platform(&self) -> Result<(), EngineError>;
+
+    /// Accesses to model-specific registers that do not exist, so far. Each has faulted in the
+    /// guest.
+    fn unknown_msr_accesses(&self) -> u64;
+
+    /// The distinct unknown registers seen since the last call, for the log.
+    fn take_unknown_msrs(&self) -> Vec<u32>;
+}
+
 /// An engine's refusal.
 #[derive(Debug, thiserror::Error)]
 #[error("{operation}: {source}")]
@@ -123,4 +216,14 @@ pub struct EngineError {
     pub operation: String,
     /// The system's answer.
     pub source: std::io::Error,
+}
+
+impl EngineError {
+    /// `operation` failed with `source`.
+    pub fn new(operation: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self {
+            operation: operation.into(),
+            source: source.into(),
+        }
+    }
 }
