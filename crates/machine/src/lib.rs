@@ -24,5 +24,6 @@ pub mod console;
 pub mod device;
 pub mod engine;
 pub mod layout;
+pub mod legacy;
 pub mod memory;
 pub mod virtio;
