@@ -20,6 +20,7 @@ mod pvpanic;
 mod serial;
 
 pub use power::{Power, PowerEvent, PowerSink};
+pub(crate) use power::{RESET_VALUE, SLEEP_TYPE_S5};
 pub use pvpanic::PvPanic;
 pub use serial::Serial;
 

@@ -18,6 +18,7 @@
 //! Unsafe code is confined to the modules that say so at their head and that `cargo xtask tidy`
 //! lists.
 
+pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod console;
