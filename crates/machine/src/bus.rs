@@ -109,7 +109,7 @@ impl Bus {
     }
 }
 
-fn lock<T: ?Sized>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(device: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A device whose lock is poisoned has panicked in another thread, which ends the VM there; until
     // it has, its last state is as good an answer as any.
     device.lock().unwrap_or_else(PoisonError::into_inner)

@@ -27,4 +27,7 @@ pub mod engine;
 pub mod layout;
 pub mod legacy;
 pub mod memory;
+pub mod pci;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod virtio;

@@ -4,6 +4,11 @@
 //! register, queue addresses, vectors and doorbells; a device gets all of that at once when its
 //! driver is ready ([`VirtioDevice::activate`]) and gives it back at reset.
 
+pub mod console;
+pub mod entropy;
+mod queue;
+pub mod transport;
+
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
@@ -73,7 +78,11 @@ pub trait VirtioDevice: Device + MutEventSubscriber {
     /// The device cannot work; the transport then sets `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
-    /// The driver resets the device: forget the activation, finish or drop what is in flight, and
-    /// give back the queues as they are, for [`Device::save`] by the transport.
+    /// Ends the activation: finish or drop what is in flight, and give back the queues as they are.
+    ///
+    /// The transport calls it when the driver resets the device, followed by [`Device::reset`]; and
+    /// at a pause, after [`Device::pause`], to save the queues' indices. The latter must keep the
+    /// device's own state: [`VirtioDevice::activate`] and then [`Device::resume`] go on with it, and
+    /// every queue event is signalled once, so that no notification is lost in between.
     fn deactivate(&mut self) -> Vec<Option<Queue>>;
 }
