@@ -1,3 +1,6 @@
 //! The subcommands.
 
+pub(crate) mod ci;
+pub(crate) mod demo;
+pub(crate) mod fuzz;
 pub(crate) mod kvm_lab;

@@ -13,4 +13,6 @@ pub mod error;
 pub mod guest;
 pub mod lab;
 pub mod session;
+pub mod steps;
+pub mod tidy;
 pub mod workspace;

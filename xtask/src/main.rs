@@ -6,6 +6,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use commands::{ci, demo, fuzz, kvm_lab};
 
 /// The repository's chores.
 #[derive(Parser)]
@@ -17,19 +18,38 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Everything that continuous integration runs.
+    Ci(ci::CiArguments),
+    /// Check the rules that no compiler checks.
+    Tidy(ci::TidyArguments),
+    /// Run all tests, and each fuzz target for a while.
+    Test(ci::TestArguments),
+    /// Fuzz what reads untrusted bytes.
+    Fuzz(fuzz::Arguments),
     /// Run a command, usually mica, in a Debian kernel with a real KVM, on any machine.
-    KvmLab(commands::kvm_lab::Arguments),
+    KvmLab(kvm_lab::Arguments),
+    /// Build everything and watch a tiny guest boot.
+    Demo,
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::KvmLab(arguments) => commands::kvm_lab::run(&arguments),
+        Command::Ci(arguments) => ci::ci(&arguments),
+        Command::Tidy(arguments) => ci::tidy(&arguments),
+        Command::Test(arguments) => ci::test(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
+        Command::Demo => demo::run(),
+        Command::KvmLab(arguments) => {
+            return kvm_lab::run(&arguments).unwrap_or_else(|error| fail(&error));
+        }
     };
     match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("xtask: {error}");
-            ExitCode::FAILURE
-        }
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &xtask::error::Error) -> ExitCode {
+    eprintln!("xtask: {error}");
+    ExitCode::FAILURE
 }

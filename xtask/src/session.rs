@@ -218,26 +218,12 @@ impl Session {
                 });
             }
         };
-        let transcript = Arc::new(Transcript::default());
-        transcript.lock().open = streams.len();
-        let mut input = None;
-        for (channel, stream) in streams {
-            if channel == Channel::Output {
-                input = Some(
-                    stream
-                        .try_clone()
-                        .map_err(Error::io("duplicate a socket"))?,
-                );
-            }
-            let transcript = Arc::clone(&transcript);
-            let echo = launch.echo;
-            thread::spawn(move || read_channel(channel, stream, &transcript, echo));
-        }
+        let (transcript, input) = follow(streams, launch.echo)?;
         Ok(Session {
             name: launch.name,
             child,
             transcript,
-            input: input.ok_or_else(|| Error::Other("a session needs an output channel".into()))?,
+            input,
             has_control: launch.channels.contains(&Channel::Control),
             started,
             deadline: started + launch.timeout,
@@ -362,6 +348,29 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Starts a reader for each channel; the output channel's socket is also the way in.
+fn follow(
+    streams: Vec<(Channel, UnixStream)>,
+    echo: bool,
+) -> Result<(Arc<Transcript>, UnixStream)> {
+    let transcript = Arc::new(Transcript::default());
+    transcript.lock().open = streams.len();
+    let mut input = None;
+    for (channel, stream) in streams {
+        if channel == Channel::Output {
+            input = Some(
+                stream
+                    .try_clone()
+                    .map_err(Error::io("duplicate a socket"))?,
+            );
+        }
+        let transcript = Arc::clone(&transcript);
+        thread::spawn(move || read_channel(channel, stream, &transcript, echo));
+    }
+    let input = input.ok_or_else(|| Error::Other("a session needs an output channel".into()))?;
+    Ok((transcript, input))
 }
 
 fn accept_all(

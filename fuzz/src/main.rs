@@ -1,0 +1,38 @@
+//! All fuzz targets in one program, so that they are built once.
+//!
+//! The environment variable `MICA_FUZZ_TARGET` chooses one; `list` prints their names. Started by
+//! `cargo xtask fuzz`.
+#![no_main]
+
+use std::process;
+use std::sync::OnceLock;
+
+use libfuzzer_sys::fuzz_target;
+
+type Target = fn(&[u8]);
+
+/// Every `fuzz_*` function of the crates; `cargo xtask tidy` holds it complete.
+const TARGETS: &[(&str, Target)] = &[("kernel", mica_machine::boot::fuzz::fuzz_kernel)];
+
+static TARGET: OnceLock<Target> = OnceLock::new();
+
+fn choose() -> Target {
+    let name = std::env::var("MICA_FUZZ_TARGET").unwrap_or_default();
+    if let Some((_, target)) = TARGETS.iter().find(|(known, _)| *known == name) {
+        return *target;
+    }
+    for (known, _) in TARGETS {
+        println!("{known}");
+    }
+    if name != "list" {
+        eprintln!("MICA_FUZZ_TARGET is {name:?}; it must be one of the above");
+    }
+    process::exit(i32::from(name != "list"));
+}
+
+fuzz_target!(
+    init: {
+        TARGET.get_or_init(choose);
+    },
+    |data: &[u8]| TARGET.get_or_init(choose)(data)
+);
