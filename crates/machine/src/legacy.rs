@@ -7,21 +7,23 @@
 //! | device | ports | interrupt |
 //! |---|---|---|
 //! | [`Serial`] | 8 at a base, COM1 at 3F8h | GSI 4 |
+//! | [`Rtc`] | 70h, 71h | GSI 8 |
 //! | [`Power`] | 600h-60Bh, 620h-623h, CF9h | SCI, GSI 9 |
 //! | [`PvPanic`] | 505h | none |
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bus::{Bus, BusDevice, RangeTaken};
 
 mod power;
 mod pvpanic;
+mod rtc;
 mod serial;
 
 pub use power::{Power, PowerEvent, PowerSink};
 pub(crate) use power::{RESET_VALUE, SLEEP_TYPE_S5};
 pub use pvpanic::PvPanic;
+pub use rtc::Rtc;
 pub use serial::Serial;
 
 /// A device on I/O ports, addressed by absolute port number.
@@ -29,8 +31,8 @@ pub use serial::Serial;
 /// The parts are eight bits wide; a wider access is a series of byte accesses to successive ports,
 /// as the ISA bus makes of it, unless the device says otherwise.
 pub trait PortDevice: Send {
-    /// The ports that the device answers.
-    fn ports(&self) -> Vec<Range<u16>>;
+    /// The ports that the device answers: the first of each run, and how many.
+    fn ports(&self) -> Vec<(u16, u16)>;
 
     /// Reads the register at `port`.
     fn read_byte(&mut self, port: u16) -> u8;
@@ -67,16 +69,12 @@ pub fn attach<D: PortDevice + 'static>(
     device: &Arc<Mutex<D>>,
 ) -> Result<(), RangeTaken> {
     let ranges = lock(device).ports();
-    for range in ranges {
+    for (base, count) in ranges {
         let window = Window {
-            base: range.start,
+            base,
             device: Arc::clone(device),
         };
-        bus.insert(
-            u64::from(range.start),
-            range.len() as u64,
-            Arc::new(Mutex::new(window)),
-        )?;
+        bus.insert(base.into(), count.into(), Arc::new(Mutex::new(window)))?;
     }
     Ok(())
 }

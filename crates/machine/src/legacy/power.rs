@@ -4,7 +4,6 @@
 //! The machine is always in ACPI mode: there is no SMI command port, so `SCI_EN` reads as one and a
 //! guest never has to ask for it (ACPI 6.5, 4.8.2.5 and 5.2.9). Of the sleep states only S5 exists.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -234,13 +233,13 @@ fn set_high(register: &mut u16, value: u8) {
 }
 
 impl PortDevice for Power {
-    fn ports(&self) -> Vec<Range<u16>> {
+    fn ports(&self) -> Vec<(u16, u16)> {
         vec![
-            port::PM1_EVENT..port::PM1_EVENT + 4,
-            port::PM1_CONTROL..port::PM1_CONTROL + 2,
-            port::PM_TIMER..port::PM_TIMER + 4,
-            port::GPE0..port::GPE0 + 4,
-            port::RESET_CONTROL..port::RESET_CONTROL + 1,
+            (port::PM1_EVENT, 4),
+            (port::PM1_CONTROL, 2),
+            (port::PM_TIMER, 4),
+            (port::GPE0, 4),
+            (port::RESET_CONTROL, 1),
         ]
     }
 

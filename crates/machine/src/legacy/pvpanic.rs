@@ -1,7 +1,6 @@
 //! pvpanic: one port through which a guest's kernel reports its own death, as QEMU specifies it
 //! (`docs/specs/pvpanic.rst`).
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use crate::device::{Device, RestoreError, SavedState};
@@ -32,8 +31,8 @@ impl PvPanic {
 }
 
 impl PortDevice for PvPanic {
-    fn ports(&self) -> Vec<Range<u16>> {
-        vec![port::PVPANIC..port::PVPANIC + 1]
+    fn ports(&self) -> Vec<(u16, u16)> {
+        vec![(port::PVPANIC, 1)]
     }
 
     fn read_byte(&mut self, port: u16) -> u8 {

@@ -9,7 +9,6 @@
 //! was typed or piped in early is lost to the FIFO resets of a driver that is still starting.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 
 use minicbor::{Decode, Encode};
@@ -329,8 +328,8 @@ impl Serial {
 }
 
 impl PortDevice for Serial {
-    fn ports(&self) -> Vec<Range<u16>> {
-        vec![self.base..self.base + 8]
+    fn ports(&self) -> Vec<(u16, u16)> {
+        vec![(self.base, 8)]
     }
 
     fn read_byte(&mut self, port: u16) -> u8 {
