@@ -83,7 +83,7 @@ pub trait MsiVector: Send + Sync {
 }
 
 /// An address at which a guest's write does nothing but signal an eventfd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DoorbellAddress {
     /// An I/O port.
     Port(u16),
