@@ -8,6 +8,7 @@ pub mod console;
 pub mod entropy;
 mod queue;
 pub mod transport;
+pub mod vhost_user;
 
 use std::sync::Arc;
 
