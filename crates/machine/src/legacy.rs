@@ -7,6 +7,7 @@
 //! | device | ports | interrupt |
 //! |---|---|---|
 //! | [`Serial`] | 8 at a base, COM1 at 3F8h | GSI 4 |
+//! | [`I8042`] with [`Keyboard`] and [`Mouse`] | 60h, 64h | GSI 1, 12 |
 //! | [`Rtc`] | 70h, 71h | GSI 8 |
 //! | [`Power`] | 600h-60Bh, 620h-623h, CF9h | SCI, GSI 9 |
 //! | [`PvPanic`] | 505h | none |
@@ -15,11 +16,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bus::{Bus, BusDevice, RangeTaken};
 
+pub mod fuzz;
+mod i8042;
+mod keyboard;
+mod mouse;
 mod power;
 mod pvpanic;
 mod rtc;
 mod serial;
 
+pub use i8042::I8042;
+pub use keyboard::{Key, Keyboard};
+pub use mouse::{Mouse, PointerEvent};
 pub use power::{Power, PowerEvent, PowerSink};
 pub(crate) use power::{RESET_VALUE, SLEEP_TYPE_S5};
 pub use pvpanic::PvPanic;

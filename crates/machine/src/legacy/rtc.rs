@@ -24,62 +24,19 @@ use crate::layout::port;
 use super::PortDevice;
 
 mod calendar;
+mod cmos;
 
 use calendar::{Alarm, Date, Format};
+use cmos::{
+    A_DIVIDER, A_DIVIDER_RESET, A_RATE, A_UPDATE_IN_PROGRESS, B_24_HOURS, B_BINARY, B_SET,
+    CMOS_LEN, D_VALID, INDEX_MASK, TIME_REGISTERS, flag, is_time, register, write_memory_sizes,
+};
 
-/// Bytes of CMOS RAM, the clock's registers included.
-const CMOS_LEN: usize = 128;
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
 /// How long before an update the update-in-progress bit warns, in nanoseconds (data sheet, t_BUC).
 const UPDATE_WARNING_NS: i128 = 244_000;
 
 const STATE_VERSION: u16 = 1;
-
-/// Register numbers.
-mod register {
-    pub(super) const SECONDS: u8 = 0x00;
-    pub(super) const SECONDS_ALARM: u8 = 0x01;
-    pub(super) const MINUTES: u8 = 0x02;
-    pub(super) const MINUTES_ALARM: u8 = 0x03;
-    pub(super) const HOURS: u8 = 0x04;
-    pub(super) const HOURS_ALARM: u8 = 0x05;
-    pub(super) const WEEKDAY: u8 = 0x06;
-    pub(super) const DAY: u8 = 0x07;
-    pub(super) const MONTH: u8 = 0x08;
-    pub(super) const YEAR: u8 = 0x09;
-    pub(super) const A: u8 = 0x0a;
-    pub(super) const B: u8 = 0x0b;
-    pub(super) const C: u8 = 0x0c;
-    pub(super) const D: u8 = 0x0d;
-    pub(super) const CENTURY: u8 = 0x32;
-}
-
-/// Register A: update in progress, divider, rate.
-const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
-const A_DIVIDER: u8 = 0x70;
-/// Dividers from here on hold the clock in reset.
-const A_DIVIDER_RESET: u8 = 0x60;
-const A_RATE: u8 = 0x0f;
-
-/// Register B.
-const B_SET: u8 = 1 << 7;
-const B_24_HOURS: u8 = 1 << 1;
-const B_BINARY: u8 = 1 << 2;
-
-/// The interrupt flags of register C; the same bits of register B enable them.
-mod flag {
-    pub(super) const PERIODIC: u8 = 1 << 6;
-    pub(super) const ALARM: u8 = 1 << 5;
-    pub(super) const UPDATE: u8 = 1 << 4;
-    pub(super) const ALL: u8 = PERIODIC | ALARM | UPDATE;
-    pub(super) const REQUEST: u8 = 1 << 7;
-}
-
-/// Register D: RAM and time are valid.
-const D_VALID: u8 = 1 << 7;
-
-/// Index port: the low bits choose a register, the top one masks NMI.
-const INDEX_MASK: u8 = 0x7f;
 
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 struct State {
@@ -389,40 +346,6 @@ impl Rtc {
         self.offset += time - self.now();
         self.seen = self.now();
     }
-}
-
-const TIME_REGISTERS: [u8; 8] = [
-    register::SECONDS,
-    register::MINUTES,
-    register::HOURS,
-    register::WEEKDAY,
-    register::DAY,
-    register::MONTH,
-    register::YEAR,
-    register::CENTURY,
-];
-
-fn is_time(index: u8) -> bool {
-    TIME_REGISTERS.contains(&index)
-}
-
-/// The memory sizes where a PC's BIOS leaves them: KiB of base and extended memory, then 64 KiB
-/// units above 16 MiB and above 4 GiB.
-fn write_memory_sizes(cmos: &mut [u8; CMOS_LEN], ram: u64) {
-    const EQUIPMENT: usize = 0x14;
-    /// An 80x87 and a PS/2 pointing device.
-    const EQUIPPED: u8 = 0x06;
-
-    let below_4g = ram.min(crate::layout::LOW_RAM_END);
-    let extended = (below_4g.saturating_sub(1 << 20) >> 10).min(0xffff) as u16;
-    let above_16m = (below_4g.saturating_sub(16 << 20) >> 16).min(0xffff) as u16;
-    let above_4g = ((ram - below_4g) >> 16).min(0xff_ffff) as u32;
-    cmos[EQUIPMENT] = EQUIPPED;
-    cmos[0x15..0x17].copy_from_slice(&640_u16.to_le_bytes());
-    cmos[0x17..0x19].copy_from_slice(&extended.to_le_bytes());
-    cmos[0x30..0x32].copy_from_slice(&extended.to_le_bytes());
-    cmos[0x34..0x36].copy_from_slice(&above_16m.to_le_bytes());
-    cmos[0x5b..0x5e].copy_from_slice(&above_4g.to_le_bytes()[..3]);
 }
 
 impl PortDevice for Rtc {

@@ -22,7 +22,7 @@ impl Format {
         if self.binary {
             value
         } else {
-            (value / 10) << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -123,7 +123,7 @@ impl Date {
             register::MONTH => format.encode(self.month),
             register::YEAR => format.encode(year),
             // Systems expect BCD of the century's byte in either format.
-            register::CENTURY => (century / 10) << 4 | century % 10,
+            register::CENTURY => ((century / 10) << 4) | (century % 10),
             _ => 0,
         }
     }
