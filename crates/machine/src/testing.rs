@@ -6,4 +6,4 @@ mod interrupts;
 mod machine;
 
 pub(crate) use interrupts::TestInterrupts;
-pub(crate) use machine::{Buffer, TestMachine};
+pub(crate) use machine::{Buffer, RAM, TestMachine};

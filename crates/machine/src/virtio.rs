@@ -4,11 +4,13 @@
 //! register, queue addresses, vectors and doorbells; a device gets all of that at once when its
 //! driver is ready ([`VirtioDevice::activate`]) and gives it back at reset.
 
+pub mod balloon;
 pub mod console;
 pub mod entropy;
 mod queue;
 pub mod transport;
 pub mod vhost_user;
+pub mod vsock;
 
 use std::sync::Arc;
 

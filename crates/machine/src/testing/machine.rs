@@ -71,12 +71,14 @@ pub(crate) struct TestMachine {
     pub(crate) devices: Vec<Arc<Mutex<dyn Device>>>,
     events: EventManager<Subscriber>,
     rings: Vec<Ring>,
+    /// The queues that the driver enables, if not all.
+    chosen: Option<Vec<u16>>,
 }
 
 impl TestMachine {
     pub(crate) fn new(device: SharedVirtioDevice) -> Self {
-        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM as usize)])
-            .expect("invariant: a few MiB of address space are free");
+        let memory = crate::memory::allocate(mica_base::units::Bytes(RAM), &Default::default())
+            .expect("invariant: the host has a few MiB");
         Self::with_memory(device, memory)
     }
 
@@ -102,6 +104,7 @@ impl TestMachine {
             devices,
             events,
             rings: Vec::new(),
+            chosen: None,
         };
         // Memory decoding and bus mastering; the BAR is the first in its window.
         machine.config_write(0x04, &[6, 0]);
@@ -180,6 +183,9 @@ impl TestMachine {
         self.rings = (0..queues)
             .map(|queue| {
                 self.bar_write(22, &queue.to_le_bytes());
+                if self.chosen.as_ref().is_some_and(|c| !c.contains(&queue)) {
+                    return Ring::default();
+                }
                 set_vector(self, Some(queue));
                 self.set_up_queue(queue)
             })
@@ -349,6 +355,13 @@ impl TestMachine {
         messages.into_iter().map(|(_, data)| data).collect()
     }
 
+    /// The address in a descriptor.
+    pub(crate) fn descriptor_address(&self, queue: usize, index: u16) -> u64 {
+        let at = RINGS + queue as u64 * RINGS_LEN + u64::from(index) * 16;
+        let bytes = self.read(at, 8);
+        (0..8).rfold(0, |address, byte| address << 8 | u64::from(bytes[byte]))
+    }
+
     pub(crate) fn config_generation(&self) -> u8 {
         let [generation] = self.bar_read(21);
         generation
@@ -360,7 +373,12 @@ impl TestMachine {
             .collect()
     }
 
-    pub(crate) fn write_device_config(&mut self, offset: u64, data: &[u8]) {
+    /// The driver enables only these queues.
+    pub(crate) fn choose_queues(&mut self, queues: &[u16]) {
+        self.chosen = Some(queues.to_vec());
+    }
+
+    pub(crate) fn write_device_config(&self, offset: u64, data: &[u8]) {
         self.bar_write(0x2000 + offset, data);
     }
 }

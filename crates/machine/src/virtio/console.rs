@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, DeviceQueues, F_RING, F_VERSION_1, Served, read_config};
 use super::{Activation, VirtioDevice};
+use crate::console::ConsoleSink;
 use crate::device::{Device, DeviceError, RestoreError, SavedState};
 use crate::memory::GuestMemory;
 
@@ -31,12 +32,6 @@ const CONFIG_EMERG_WRITE: u64 = 8;
 
 /// The most that one output request passes on, in bytes; the rest of it is not a console's.
 const MAX_OUTPUT: usize = 1 << 20;
-
-/// Where a console's output goes.
-pub trait ConsoleSink: Send {
-    /// Takes all of `bytes`. Called on the event loop, so it must not wait for a reader.
-    fn write(&mut self, bytes: &[u8]);
-}
 
 /// The device.
 pub struct Console {

@@ -79,6 +79,32 @@ impl DeviceQueues {
             .unwrap_or_default()
     }
 
+    /// Whether the driver is ready.
+    pub(super) fn is_active(&self) -> bool {
+        self.active.is_some()
+    }
+
+    /// Whether the driver has accepted the feature bits.
+    pub(super) fn has(&self, features: u64) -> bool {
+        self.active
+            .as_ref()
+            .is_some_and(|active| active.features & features == features)
+    }
+
+    /// The queues that the driver has enabled, ascending.
+    pub(super) fn enabled(&self) -> impl Iterator<Item = usize> + '_ {
+        let queues = self.active.iter().flat_map(|active| &active.queues);
+        queues
+            .enumerate()
+            .filter_map(|(index, queue)| queue.is_some().then_some(index))
+    }
+
+    /// Makes the event loop look at queue `index` soon.
+    pub(super) fn wake(&self, index: usize) {
+        // Fails only if 2^64 signals wait, of which one is enough.
+        let _ = self.events[index].write(1);
+    }
+
     /// Tells the driver, if there is one, that the configuration changed.
     pub(super) fn config_changed(&self) {
         if let Some(active) = &self.active {

@@ -122,7 +122,7 @@ fn a_resize_changes_the_configuration_and_interrupts() {
 fn an_emergency_write_needs_no_driver() {
     let screen = Screen::default();
     let console = Console::new("console0", None, Box::new(screen.clone())).unwrap();
-    let mut machine = TestMachine::new(Arc::new(Mutex::new(console)));
+    let machine = TestMachine::new(Arc::new(Mutex::new(console)));
     machine.write_device_config(CONFIG_EMERG_WRITE, &(b'!' as u32).to_le_bytes());
     assert_eq!(screen.take(), b"!");
 }

@@ -246,7 +246,7 @@ fn another_devices_state_is_refused_and_changes_nothing() {
 
 struct Nowhere;
 
-impl crate::virtio::console::ConsoleSink for Nowhere {
+impl crate::console::ConsoleSink for Nowhere {
     fn write(&mut self, _bytes: &[u8]) {}
 }
 
