@@ -12,7 +12,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::AcpiConfig;
-use super::tables::{OEM, OEM_REVISION, OEM_TABLE, bytes_of};
+use super::tables::{HEADER_LEN, OEM, OEM_REVISION, OEM_TABLE, bytes_of};
 use crate::layout::{self, gsi, port};
 use crate::legacy::SLEEP_TYPE_S5;
 
@@ -40,7 +40,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
         Path::new("\\_SB_"),
         vec![&Encoded(devices)],
     )));
-    let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, OEM_REVISION);
+    let mut table = Sdt::new(*b"DSDT", HEADER_LEN as u32, 2, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&aml);
     table.as_slice().to_vec()
 }

@@ -20,6 +20,9 @@ pub(super) const OEM: [u8; 6] = *b"MICA  ";
 pub(super) const OEM_TABLE: [u8; 8] = *b"MICAVM  ";
 pub(super) const OEM_REVISION: u32 = 1;
 
+/// Length of the header that all tables share.
+pub(super) const HEADER_LEN: usize = 36;
+
 /// Length of the RSDP of revision 2.
 pub(super) const RSDP_LEN: u64 = 36;
 
@@ -36,7 +39,6 @@ mod boot_flag {
 
 /// Flags of MADT interrupt source overrides (MPS INTI flags).
 mod inti {
-    pub(super) const CONFORMS: u16 = 0;
     pub(super) const ACTIVE_HIGH: u16 = 0b01;
     pub(super) const LEVEL: u16 = 0b11 << 2;
 }
@@ -119,6 +121,8 @@ fn boot_flags(config: &AcpiConfig) -> u16 {
     flags
 }
 
+/// Every ISA interrupt is the global system interrupt of its number, the timer's too: KVM's PIT is
+/// on pin 0 of the I/O APIC, not on pin 2 as on a board. Only the SCI is not as ISA has it.
 pub(super) fn madt(vcpus: u32) -> Vec<u8> {
     /// Dual 8259s are present, as interrupt controllers of a PC come.
     const PCAT_COMPAT: u8 = 1;
@@ -135,9 +139,8 @@ pub(super) fn madt(vcpus: u32) -> Vec<u8> {
     // The crate has none of the structures below, and revision 1 with no flags.
     let madt = bytes_of(&madt);
     let mut table = Sdt::new(*b"APIC", madt.len() as u32, 5, OEM, OEM_TABLE, OEM_REVISION);
-    table.write_bytes(acpi_header_len(), &madt[acpi_header_len()..]);
+    table.write_bytes(HEADER_LEN, &madt[HEADER_LEN..]);
     table.write_u8(FLAGS, PCAT_COMPAT);
-    table.append_slice(&source_override(0, 2, inti::CONFORMS));
     table.append_slice(&source_override(
         gsi::SCI as u8,
         gsi::SCI,
@@ -145,10 +148,6 @@ pub(super) fn madt(vcpus: u32) -> Vec<u8> {
     ));
     table.append_slice(&LINT1_NMI);
     table.as_slice().to_vec()
-}
-
-const fn acpi_header_len() -> usize {
-    36
 }
 
 /// ISA interrupt `irq` is global system interrupt `gsi` (ACPI 6.5, 5.2.12.5).
