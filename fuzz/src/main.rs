@@ -12,7 +12,12 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 /// Every `fuzz_*` function of the crates; `cargo xtask tidy` holds it complete.
-const TARGETS: &[(&str, Target)] = &[("kernel", mica_machine::boot::fuzz::fuzz_kernel)];
+const TARGETS: &[(&str, Target)] = &[
+    ("kernel", mica_machine::boot::fuzz::fuzz_kernel),
+    ("pci", mica_machine::pci::fuzz::fuzz_pci),
+    ("virtqueue", mica_machine::virtio::fuzz::fuzz_virtqueue),
+    ("vsock", mica_machine::virtio::vsock::fuzz::fuzz_vsock),
+];
 
 static TARGET: OnceLock<Target> = OnceLock::new();
 

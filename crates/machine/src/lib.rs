@@ -30,6 +30,5 @@ pub mod layout;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
-#[cfg(test)]
 pub(crate) mod testing;
 pub mod virtio;

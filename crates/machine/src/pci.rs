@@ -16,6 +16,7 @@
 //! its interrupt under its own lock.
 
 mod config;
+pub mod fuzz;
 mod host_bridge;
 mod intx;
 pub(crate) mod msix;

@@ -7,6 +7,7 @@
 pub mod balloon;
 pub mod console;
 pub mod entropy;
+pub mod fuzz;
 mod queue;
 pub mod transport;
 pub mod vhost_user;

@@ -123,6 +123,11 @@ impl InterruptSource for TestInterrupts {
 }
 
 impl TestInterrupts {
+    /// The addresses that have a doorbell, ascending.
+    pub(crate) fn doorbells(&self) -> Vec<u64> {
+        lock(&self.doorbells).keys().copied().collect()
+    }
+
     /// Signals the doorbell at `address`; false if there is none.
     pub(crate) fn ring(&self, address: u64) -> bool {
         lock(&self.doorbells)
@@ -151,10 +156,5 @@ impl TestInterrupts {
             }
         }
         messages
-    }
-
-    /// The addresses that have a doorbell, ascending.
-    pub(crate) fn doorbells(&self) -> Vec<u64> {
-        lock(&self.doorbells).keys().copied().collect()
     }
 }

@@ -26,41 +26,17 @@ const SLOT: u8 = 5;
 const BAR: u64 = PCI_WINDOW_32.start;
 const MESSAGE: u64 = 0xfee0_0000;
 
-/// A descriptor.
-#[derive(Clone, Copy)]
-pub(crate) struct Buffer {
-    address: u64,
-    len: u32,
-    writable: bool,
-}
-
-impl Buffer {
-    /// Bytes for the device to read.
-    pub(crate) fn readable(address: u64, len: u32) -> Self {
-        Self {
-            address,
-            len,
-            writable: false,
-        }
-    }
-
-    /// Room for the device to write.
-    pub(crate) fn writable(address: u64, len: u32) -> Self {
-        Self {
-            address,
-            len,
-            writable: true,
-        }
-    }
-}
-
 /// The driver's side of a queue.
 #[derive(Clone, Default)]
-struct Ring {
-    size: u16,
-    next_descriptor: u16,
-    available: u16,
-    seen: u16,
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "a fuzzer writes the rings itself")
+)]
+pub(super) struct Ring {
+    pub(super) size: u16,
+    pub(super) next_descriptor: u16,
+    pub(super) available: u16,
+    pub(super) seen: u16,
 }
 
 /// A machine with one virtio device in slot 5.
@@ -70,9 +46,9 @@ pub(crate) struct TestMachine {
     pub(crate) interrupts: TestInterrupts,
     pub(crate) devices: Vec<Arc<Mutex<dyn Device>>>,
     events: EventManager<Subscriber>,
-    rings: Vec<Ring>,
+    pub(super) rings: Vec<Ring>,
     /// The queues that the driver enables, if not all.
-    chosen: Option<Vec<u16>>,
+    pub(super) chosen: Option<Vec<u16>>,
 }
 
 impl TestMachine {
@@ -111,22 +87,13 @@ impl TestMachine {
         machine
     }
 
-    /// Reads the configuration space of the device's function.
-    pub(crate) fn config_read<const N: usize>(&self, register: u8) -> [u8; N] {
-        let mut data = [0; N];
-        self.select(register);
-        self.buses
-            .port_read(0xcfc + u16::from(register & 3), &mut data);
-        data
-    }
-
     /// Writes the configuration space of the device's function.
     pub(crate) fn config_write(&self, register: u8, data: &[u8]) {
         self.select(register);
         self.buses.port_write(0xcfc + u16::from(register & 3), data);
     }
 
-    fn select(&self, register: u8) {
+    pub(super) fn select(&self, register: u8) {
         let address = 1 << 31 | u32::from(SLOT) << 11 | u32::from(register & !3);
         self.buses.port_write(0xcf8, &address.to_le_bytes());
     }
@@ -164,12 +131,11 @@ impl TestMachine {
         })
     }
 
-    /// The same with INTx.
-    pub(crate) fn start_intx(&mut self, features: u64) -> bool {
-        self.start_with(features, |_, _| ())
-    }
-
-    fn start_with(&mut self, features: u64, set_vector: impl Fn(&Self, Option<u16>)) -> bool {
+    pub(super) fn start_with(
+        &mut self,
+        features: u64,
+        set_vector: impl Fn(&Self, Option<u16>),
+    ) -> bool {
         for status in [0, 1, 3_u8] {
             self.bar_write(20, &[status]);
         }
@@ -224,43 +190,11 @@ impl TestMachine {
         at
     }
 
-    /// Reads guest memory.
-    pub(crate) fn read(&self, address: u64, len: usize) -> Vec<u8> {
-        let mut data = vec![0; len];
-        self.memory
-            .read_slice(&mut data, GuestAddress(address))
-            .expect("invariant: tests stay in RAM");
-        data
-    }
-
     /// Writes guest memory.
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
         self.memory
             .write_slice(data, GuestAddress(address))
             .expect("invariant: tests stay in RAM");
-    }
-
-    /// Makes a chain of `buffers` available and returns its head.
-    pub(crate) fn add(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
-        let rings = RINGS + queue as u64 * RINGS_LEN;
-        let mut ring = self.rings[queue].clone();
-        let head = ring.next_descriptor;
-        for (at, buffer) in buffers.iter().enumerate() {
-            let index = ring.next_descriptor;
-            ring.next_descriptor = (index + 1) % ring.size;
-            let more = u16::from(at + 1 < buffers.len());
-            let mut bytes = buffer.address.to_le_bytes().to_vec();
-            bytes.extend(buffer.len.to_le_bytes());
-            bytes.extend((more | u16::from(buffer.writable) << 1).to_le_bytes());
-            bytes.extend(ring.next_descriptor.to_le_bytes());
-            self.write(rings + u64::from(index) * 16, &bytes);
-        }
-        let entry = rings + 0x1004 + u64::from(ring.available % ring.size) * 2;
-        self.write(entry, &head.to_le_bytes());
-        ring.available = ring.available.wrapping_add(1);
-        self.write(rings + 0x1002, &ring.available.to_le_bytes());
-        self.rings[queue] = ring;
-        head
     }
 
     /// Notifies a queue, through its doorbell if it has one, and runs the event loop.
@@ -286,33 +220,6 @@ impl TestMachine {
         panic!("a device does not come to rest");
     }
 
-    /// The used elements (head, bytes written) since the last call. The driver asks to be
-    /// interrupted by the next.
-    pub(crate) fn take_used(&mut self, queue: usize) -> Vec<(u16, u32)> {
-        let rings = RINGS + queue as u64 * RINGS_LEN;
-        let mut ring = self.rings[queue].clone();
-        let index = self.read_u16(rings + 0x2002);
-        let mut used = Vec::new();
-        while ring.seen != index {
-            let entry = rings + 0x2004 + u64::from(ring.seen % ring.size) * 8;
-            let len =
-                u32::from(self.read_u16(entry + 4)) | u32::from(self.read_u16(entry + 6)) << 16;
-            used.push((self.read_u16(entry), len));
-            ring.seen = ring.seen.wrapping_add(1);
-        }
-        let used_event = rings + 0x1004 + u64::from(ring.size) * 2;
-        self.write(used_event, &ring.seen.to_le_bytes());
-        self.rings[queue] = ring;
-        used
-    }
-
-    fn read_u16(&self, address: u64) -> u16 {
-        self.memory
-            .read_obj(GuestAddress(address))
-            .map(u16::from_le)
-            .expect("invariant: the rings are in RAM")
-    }
-
     /// Saves, and restores into a machine with `device` and the same memory, which then runs.
     pub(crate) fn migrate(self, device: SharedVirtioDevice) -> Self {
         let saved = self.save();
@@ -334,6 +241,15 @@ impl TestMachine {
         copy
     }
 
+    /// Whether the device's queues are such that a restored machine can go on with them: an
+    /// arbitrary driver may have set them up anywhere.
+    pub(crate) fn is_restorable(&self) -> bool {
+        self.save();
+        self.devices
+            .iter()
+            .all(|device| lock(device).resume().is_ok())
+    }
+
     /// Pauses the machine and saves every device.
     pub(crate) fn save(&self) -> Vec<SavedState> {
         let save = |device: &Arc<Mutex<dyn Device>>| {
@@ -344,41 +260,5 @@ impl TestMachine {
             device.save()
         };
         self.devices.iter().map(save).collect()
-    }
-}
-
-#[cfg(test)]
-impl TestMachine {
-    /// The vectors whose messages arrived since the last call.
-    pub(crate) fn messages(&self) -> Vec<u32> {
-        let messages = self.interrupts.take_messages();
-        messages.into_iter().map(|(_, data)| data).collect()
-    }
-
-    /// The address in a descriptor.
-    pub(crate) fn descriptor_address(&self, queue: usize, index: u16) -> u64 {
-        let at = RINGS + queue as u64 * RINGS_LEN + u64::from(index) * 16;
-        let bytes = self.read(at, 8);
-        (0..8).rfold(0, |address, byte| address << 8 | u64::from(bytes[byte]))
-    }
-
-    pub(crate) fn config_generation(&self) -> u8 {
-        let [generation] = self.bar_read(21);
-        generation
-    }
-
-    pub(crate) fn device_config(&self, offset: u64, len: usize) -> Vec<u8> {
-        (offset..offset + len as u64)
-            .flat_map(|at| self.bar_read::<1>(0x2000 + at))
-            .collect()
-    }
-
-    /// The driver enables only these queues.
-    pub(crate) fn choose_queues(&mut self, queues: &[u16]) {
-        self.chosen = Some(queues.to_vec());
-    }
-
-    pub(crate) fn write_device_config(&self, offset: u64, data: &[u8]) {
-        self.bar_write(0x2000 + offset, data);
     }
 }

@@ -11,6 +11,7 @@
 //! `TRANSPORT_RESET` event, and its programs see their connections reset.
 
 mod connection;
+pub mod fuzz;
 mod muxer;
 mod packet;
 
@@ -130,10 +131,11 @@ impl Vsock {
                 return Served::Later;
             }
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
-            let written = chain
-                .writer(memory)
-                .and_then(|mut writer| Ok(writer.write_all(&event).is_ok()));
-            Served::Done(if matches!(written, Ok(true)) { 4 } else { 0 })
+            let told = match chain.writer(memory) {
+                Ok(mut writer) => writer.write_all(&event).is_ok(),
+                Err(_) => false,
+            };
+            Served::Done(if told { event.len() as u32 } else { 0 })
         });
     }
 

@@ -69,7 +69,6 @@ impl Muxer {
     }
 
     /// Connections and handshakes, now.
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.connections.len() + self.handshakes.len()
     }
@@ -115,8 +114,7 @@ impl Muxer {
 
     /// Accepts what the listener has, as far as connections are left.
     pub(super) fn accept(&mut self) {
-        while self.accept_ready && self.connections.len() + self.handshakes.len() < MAX_CONNECTIONS
-        {
+        while self.accept_ready && self.len() < MAX_CONNECTIONS {
             let Some(listener) = &self.listener else {
                 return;
             };
@@ -178,7 +176,7 @@ impl Muxer {
 
     fn open_from_guest(&mut self, request: &Header) {
         let ports = request.ports;
-        let free = self.connections.len() + self.handshakes.len() < MAX_CONNECTIONS;
+        let free = self.len() < MAX_CONNECTIONS;
         let opened = match free {
             true => (self.connect)(ports.host)
                 .and_then(|stream| Connection::from_guest(stream, request)),
