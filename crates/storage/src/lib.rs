@@ -14,6 +14,8 @@
 //!
 //! Unsafe code is confined to [`uring`] and to the guest memory mapping of [`vhost_user`].
 
+#[doc(hidden)]
+pub mod fuzz;
 pub mod store;
 pub mod uring;
 pub mod vhost_user;

@@ -24,6 +24,7 @@ mod inflight;
 mod memory;
 mod request;
 mod session;
+mod simulate;
 mod socket;
 mod stats;
 #[cfg(test)]
@@ -33,6 +34,8 @@ mod worker;
 
 use std::fmt;
 use std::sync::Arc;
+
+pub(crate) use simulate::chains as fuzz_chains;
 
 pub use export::{Export, ExportHandle, QUEUES_MAX};
 pub use socket::{SocketError, SocketPath};

@@ -3,9 +3,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 fn nonblocking(file: File) -> io::Result<File> {
@@ -59,5 +61,38 @@ impl Signal {
             // A counter at its maximum has been raised already; a closed pipe has no listener.
             let _ = rustix::io::write(file, &1u64.to_ne_bytes());
         }
+    }
+}
+
+/// Tells a thread to come to its end. A flag beside the descriptor, because a thread that always has
+/// work does not sleep, and a hostile driver can see to it that there is.
+pub(crate) struct Stop {
+    fd: OwnedFd,
+    flag: AtomicBool,
+}
+
+impl Stop {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            flag: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn request(&self) {
+        self.flag.store(true, Ordering::SeqCst);
+        // A full counter is readable already.
+        let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn is_requested(&self) -> bool {
+        self.flag.load(Ordering::SeqCst)
+    }
+}
+
+impl AsFd for Stop {
+    /// Readable once the stop is requested.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }

@@ -6,11 +6,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::Shutdown;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::device::Device;
+use super::event::Stop;
 use super::session::Session;
 use super::stats::{Stats, count};
 use super::{Event, ExportOptions};
@@ -36,7 +37,7 @@ pub struct ExportHandle {
 }
 
 struct Control {
-    stop: OwnedFd,
+    stop: Stop,
     /// The connection that is being served, to wake its thread out of a half-sent message.
     current: Mutex<Option<OwnedFd>>,
 }
@@ -79,7 +80,7 @@ impl Export {
         }
         let device = Arc::new(Device::new(store, options));
         let control = Arc::new(Control {
-            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            stop: Stop::new()?,
             current: Mutex::default(),
         });
         let thread = {
@@ -133,7 +134,7 @@ impl Drop for ExportHandle {
 
 impl Control {
     fn request_stop(&self) {
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.stop.request();
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(connection) = current.as_ref() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);

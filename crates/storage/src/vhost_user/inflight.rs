@@ -197,3 +197,121 @@ impl Tracker {
         self.header(USED_IDX_AT).store(used_idx, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u16 = 8;
+
+    /// A region for one queue, as a process left it that has done `script`.
+    struct Case {
+        message: VhostUserInflight,
+        file: File,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            let (message, file) = create(1, SIZE).unwrap();
+            Self { message, file }
+        }
+
+        fn tracker(&self) -> Tracker {
+            let region = Inflight::map(&self.message, self.file.try_clone().unwrap()).unwrap();
+            region.queue(0, SIZE).unwrap()
+        }
+    }
+
+    #[test]
+    fn the_layout_is_the_specified_one() {
+        let case = Case::new();
+        assert_eq!(case.message.mmap_size, 192);
+        let mut tracker = case.tracker();
+        assert_eq!(tracker.recover(0x1234), Recovered::Fresh);
+        tracker.fetched(1);
+        tracker.fetched(2);
+        tracker.publishing(2);
+        tracker.published(2, 0x1235);
+        let mut bytes = vec![0; 64];
+        std::os::unix::fs::FileExt::read_exact_at(&case.file, &mut bytes, 0).unwrap();
+        let mut expected = vec![0; 64];
+        expected[8] = 1; // version
+        expected[10] = 8; // desc_num
+        expected[12] = 2; // last_batch_head
+        expected[14..16].copy_from_slice(&[0x35, 0x12]);
+        expected[32] = 1; // desc[1].inflight, counter 0
+        expected[56] = 1; // desc[2].counter
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn heads_come_back_in_the_order_in_which_they_were_taken() {
+        let case = Case::new();
+        let mut tracker = case.tracker();
+        tracker.recover(0);
+        for head in [5, 3, 7, 0] {
+            tracker.fetched(head);
+        }
+        tracker.publishing(3);
+        tracker.published(3, 1);
+        let mut successor = case.tracker();
+        assert_eq!(successor.recover(1), Recovered::InFlight(vec![5, 7, 0]));
+        successor.fetched(1);
+        let mut third = case.tracker();
+        assert_eq!(third.recover(1), Recovered::InFlight(vec![5, 7, 0, 1]));
+    }
+
+    #[test]
+    fn every_point_of_a_publication_is_recovered_from() {
+        // (stores that were made, the used ring's index, what is in flight then)
+        for (stores, used_idx, in_flight) in [
+            (0, 1, vec![4, 6]),
+            (1, 1, vec![4, 6]), // next, last_batch_head
+            (1, 2, vec![6]),    // the used ring's index
+            (2, 2, vec![6]),    // inflight, used_idx
+        ] {
+            let case = Case::new();
+            let mut tracker = case.tracker();
+            tracker.recover(0);
+            for head in [2, 4, 6] {
+                tracker.fetched(head);
+            }
+            tracker.publishing(2);
+            tracker.published(2, 1);
+            if stores > 0 {
+                tracker.publishing(4);
+            }
+            if stores > 1 {
+                tracker.published(4, 2);
+            }
+            let recovered = case.tracker().recover(used_idx);
+            assert_eq!(
+                recovered,
+                Recovered::InFlight(in_flight),
+                "{stores} {used_idx}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_region_of_an_earlier_life_is_cleared() {
+        let case = Case::new();
+        let mut tracker = case.tracker();
+        tracker.recover(500);
+        tracker.fetched(1);
+        assert_eq!(case.tracker().recover(0), Recovered::InFlight(vec![]));
+    }
+
+    #[test]
+    fn a_region_that_is_too_small_is_refused() {
+        let (mut message, file) = create(2, SIZE).unwrap();
+        let map = |message: &VhostUserInflight| Inflight::map(message, file.try_clone().unwrap());
+        assert!(map(&message).is_ok_and(|region| region.queue(2, SIZE).is_none()));
+        assert!(map(&message).is_ok_and(|region| region.queue(0, SIZE * 2).is_none()));
+        message.mmap_size -= 1;
+        assert!(map(&message).is_err());
+        message.mmap_size = 1 << 40;
+        message.queue_size = 1024;
+        assert!(map(&message).is_err(), "beyond the file");
+    }
+}

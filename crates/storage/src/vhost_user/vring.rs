@@ -8,17 +8,15 @@
 //!              GET_VRING_BASE, disabled, new memory
 //! ```
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use super::device::Device;
-use super::event::{Doorbell, Signal};
+use super::event::{Doorbell, Signal, Stop};
 use super::inflight::{Inflight, Recovered};
 use super::memory::{DirtyLog, Memory, Regions};
 use super::worker::{Parts, Worker};
@@ -51,7 +49,7 @@ pub(crate) enum StartError {
 
 struct Running {
     thread: JoinHandle<Queue>,
-    stop: Arc<OwnedFd>,
+    stop: Arc<Stop>,
 }
 
 /// What a ring's thread shares with its connection.
@@ -105,8 +103,7 @@ impl Vring {
         let Some(running) = self.running.take() else {
             return;
         };
-        // The counter of an eventfd that is written once cannot be full.
-        let _ = rustix::io::write(&running.stop, &1u64.to_ne_bytes());
+        running.stop.request();
         if let Ok(queue) = running.thread.join() {
             self.base = queue.next_avail();
         }
@@ -164,10 +161,7 @@ impl Vring {
             queue.set_next_avail(queue.next_used().wrapping_add(heads.len() as u16));
             resubmit = heads;
         }
-        let stop = Arc::new(
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-                .map_err(std::io::Error::from)?,
-        );
+        let stop = Arc::new(Stop::new()?);
         let worker = Worker::new(Parts {
             index: self.index,
             device: context.device.clone(),

@@ -7,7 +7,7 @@
 mod requests;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Event;
 use super::device::Device;
-use super::event::{Doorbell, Signal};
+use super::event::{Doorbell, Signal, Stop};
 use super::inflight::Tracker;
 use super::memory::{DirtyLog, Memory, Span};
 use super::stats::count;
@@ -84,7 +84,7 @@ pub(crate) struct Parts {
     pub(crate) doorbell: Option<Doorbell>,
     pub(crate) call: Arc<Signal>,
     pub(crate) error: Arc<Signal>,
-    pub(crate) stop: Arc<OwnedFd>,
+    pub(crate) stop: Arc<Stop>,
     /// The features that the driver has accepted.
     pub(crate) acked: u64,
 }
@@ -153,12 +153,13 @@ impl Worker {
                 self.begin(head)?;
             }
             self.push_on()?;
+            if self.parts.stop.is_requested() {
+                return self.drain();
+            }
             if self.parts.queue.enable_notification(&*self.parts.memory)? {
                 continue;
             }
-            if self.wait()? {
-                return self.drain();
-            }
+            self.wait()?;
         }
     }
 
@@ -193,8 +194,8 @@ impl Worker {
         Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
     }
 
-    /// Sleeps until there is something to do. `true` if that is to stop.
-    fn wait(&mut self) -> Result<bool, Broken> {
+    /// Sleeps until there is something to do.
+    fn wait(&mut self) -> Result<(), Broken> {
         let (stop, store) = (self.parts.stop.as_fd(), self.store.as_fd());
         let mut fds = vec![
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
@@ -209,7 +210,6 @@ impl Worker {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Broken::Store(error.into())),
         }
-        let stopping = !fds[0].revents().is_empty();
         let rung = fds.get(2).map_or(PollFlags::empty(), PollFd::revents);
         if rung.contains(PollFlags::IN) {
             let alive = self.parts.doorbell.as_ref().is_some_and(Doorbell::clear);
@@ -219,7 +219,7 @@ impl Worker {
         } else if !rung.is_empty() {
             self.parts.doorbell = None; // Its other end is gone.
         }
-        Ok(stopping)
+        Ok(())
     }
 
     fn drain(&mut self) -> Result<(), Broken> {
