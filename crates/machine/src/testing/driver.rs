@@ -2,8 +2,13 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::machine::{RINGS, RINGS_LEN, TestMachine};
+use super::machine::{RINGS, RINGS_LEN, Ring, TestMachine};
 use crate::engine::BusAccess;
+
+/// `VIRTIO_F_RING_EVENT_IDX`.
+const EVENT_IDX: u64 = 1 << 29;
+/// `VIRTQ_USED_F_NO_NOTIFY`.
+const NO_NOTIFY: u16 = 1;
 
 /// A descriptor.
 #[derive(Clone, Copy)]
@@ -98,6 +103,31 @@ impl TestMachine {
         self.write(used_event, &ring.seen.to_le_bytes());
         self.rings[queue] = ring;
         used
+    }
+
+    /// Notifies a queue of what was added, unless the device does not ask for it, and runs the event
+    /// loop.
+    pub(crate) fn kick(&mut self, queue: usize) {
+        let rings = RINGS + queue as u64 * RINGS_LEN;
+        let Ring {
+            size,
+            available,
+            kicked,
+            ..
+        } = self.rings[queue];
+        let wanted = if self.features & EVENT_IDX != 0 {
+            let asked_for = self.read_u16(rings + 0x2004 + u64::from(size) * 8);
+            let added = available.wrapping_sub(kicked);
+            available.wrapping_sub(asked_for).wrapping_sub(1) < added
+        } else {
+            self.read_u16(rings + 0x2000) & NO_NOTIFY == 0
+        };
+        self.rings[queue].kicked = available;
+        if wanted {
+            self.notify(queue);
+        } else {
+            self.run();
+        }
     }
 
     fn read_u16(&self, address: u64) -> u16 {

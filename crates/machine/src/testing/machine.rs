@@ -37,6 +37,7 @@ pub(super) struct Ring {
     pub(super) next_descriptor: u16,
     pub(super) available: u16,
     pub(super) seen: u16,
+    pub(super) kicked: u16,
 }
 
 /// A machine with one virtio device in slot 5.
@@ -47,6 +48,8 @@ pub(crate) struct TestMachine {
     pub(crate) devices: Vec<Arc<Mutex<dyn Device>>>,
     events: EventManager<Subscriber>,
     pub(super) rings: Vec<Ring>,
+    /// What the driver has chosen.
+    pub(super) features: u64,
     /// The queues that the driver enables, if not all.
     pub(super) chosen: Option<Vec<u16>>,
 }
@@ -80,6 +83,7 @@ impl TestMachine {
             devices,
             events,
             rings: Vec::new(),
+            features: 0,
             chosen: None,
         };
         // Memory decoding and bus mastering; the BAR is the first in its window.
@@ -139,6 +143,7 @@ impl TestMachine {
         for status in [0, 1, 3_u8] {
             self.bar_write(20, &[status]);
         }
+        self.features = features;
         self.choose_features(features);
         self.bar_write(20, &[0xb]);
         if self.bar_read(20) != [0xb] {
@@ -198,7 +203,7 @@ impl TestMachine {
     }
 
     /// Notifies a queue, through its doorbell if it has one, and runs the event loop.
-    pub(crate) fn kick(&mut self, queue: usize) {
+    pub(crate) fn notify(&mut self, queue: usize) {
         let address = BAR + 0x3000 + 4 * queue as u64;
         if !self.interrupts.ring(address) {
             self.buses
@@ -225,6 +230,7 @@ impl TestMachine {
         let saved = self.save();
         let mut copy = Self::with_memory(device, self.memory);
         copy.rings = self.rings;
+        copy.features = self.features;
         for (device, state) in copy.devices.iter().zip(&saved) {
             let mut device = lock(device);
             if let Err(error) = device.restore(state) {

@@ -56,7 +56,7 @@ pub fn fuzz_virtqueue(data: &[u8]) {
                 let len = usize::from(input.u8());
                 machine.write(at, &input.bytes(len));
             }
-            3 => machine.kick(usize::from(input.u8() & 7)),
+            3 => machine.notify(usize::from(input.u8() & 7)),
             4 => {
                 let (offset, len) = (input.u8(), 1 << (input.u8() & 3));
                 machine.bar_write(0x2000 + u64::from(offset), &input.bytes(len));

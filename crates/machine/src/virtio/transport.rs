@@ -134,9 +134,7 @@ impl VirtioPci {
     /// The driver's reset (clause 2.4); the PCI side stays as it is.
     fn reset_device(&mut self) {
         self.deactivate();
-        if self.common.status != 0 {
-            lock(&self.device).reset();
-        }
+        lock(&self.device).reset();
         self.common.reset();
         self.interrupt.reset();
         self.update_doorbells();
@@ -271,7 +269,6 @@ impl Device for VirtioPci {
 
     fn reset(&mut self) {
         self.reset_device();
-        lock(&self.device).reset();
         self.config.reset();
         self.interrupt.msix.reset();
         self.follow_config();
