@@ -17,6 +17,11 @@ const TARGETS: &[(&str, Target)] = &[
     ("pci", mica_machine::pci::fuzz::fuzz_pci),
     ("virtqueue", mica_machine::virtio::fuzz::fuzz_virtqueue),
     ("vsock", mica_machine::virtio::vsock::fuzz::fuzz_vsock),
+    ("partitions", mica_machine::boot::disk::fuzz::fuzz_partitions),
+    ("fat", mica_machine::boot::disk::fuzz::fuzz_fat),
+    ("ext4", mica_machine::boot::disk::fuzz::fuzz_ext4),
+    ("grub", mica_machine::boot::disk::fuzz::fuzz_grub),
+    ("bls", mica_machine::boot::disk::fuzz::fuzz_bls),
 ];
 
 static TARGET: OnceLock<Target> = OnceLock::new();

@@ -14,11 +14,12 @@
 //! ..top         initrd, as high in low RAM as the kernel takes it
 //! ```
 //!
-//! `disk` finds all three inside a disk image.
+//! [`disk`] finds all three inside a disk image.
 
 mod bytes;
 mod bzimage;
 mod decompress;
+pub mod disk;
 mod elf;
 mod error;
 mod file;

@@ -68,29 +68,25 @@ fn header(input: &mut Input<'_>) -> io::Result<u32> {
     Ok(flags)
 }
 
-/// Decodes one block behind what `output` already holds, until it has `end` bytes. Matches reach
-/// back no further than the block's own start.
-fn lzo1x(mut input: Input<'_>, output: &mut Vec<u8>, end: usize) -> io::Result<()> {
-    let start = output.len();
-    // How many literals the instruction before copied; 4 stands for a run.
-    let mut literals = 0;
-    let first = *input.0.first().ok_or_else(ended)?;
-    if first > 17 {
-        input.byte()?;
-        let len = usize::from(first - 17);
-        output.extend_from_slice(input.take(len)?);
-        literals = len.min(4);
-    }
-    loop {
+/// One instruction of LZO1X.
+enum Instruction {
+    /// A run of literals.
+    Literals(usize),
+    /// A copy of what lies `distance` back, then up to three literals.
+    Match {
+        len: usize,
+        distance: usize,
+        literals: usize,
+    },
+    End,
+}
+
+impl Instruction {
+    /// Reads the instruction behind one that copied `literals`; 4 stands for a run.
+    fn read(input: &mut Input<'_>, literals: usize) -> io::Result<Self> {
         let code = usize::from(input.byte()?);
         let (len, distance, next) = match code {
-            0..16 if literals == 0 => {
-                let len = 3 + input.length(code, 15)?;
-                check_room(output, len, end)?;
-                output.extend_from_slice(input.take(len)?);
-                literals = 4;
-                continue;
-            }
+            0..16 if literals == 0 => return Ok(Self::Literals(3 + input.length(code, 15)?)),
             0..16 => {
                 let distance = (usize::from(input.byte()?) << 2) + (code >> 2);
                 match literals {
@@ -103,7 +99,7 @@ fn lzo1x(mut input: Input<'_>, output: &mut Vec<u8>, end: usize) -> io::Result<(
                 let word = input.le16()?;
                 let distance = ((code & 8) << 11) + (word >> 2);
                 if distance == 0 {
-                    break;
+                    return Ok(Self::End);
                 }
                 (len, distance + 0x4000, word)
             }
@@ -121,16 +117,52 @@ fn lzo1x(mut input: Input<'_>, output: &mut Vec<u8>, end: usize) -> io::Result<(
                 (len, distance, code)
             }
         };
-        literals = next & 3;
-        check_room(output, len + literals, end)?;
-        if distance > output.len() - start {
-            return Err(invalid("a match reaches before the block's start"));
+        Ok(Self::Match {
+            len,
+            distance,
+            literals: next & 3,
+        })
+    }
+}
+
+/// Decodes one block behind what `output` already holds, until it has `end` bytes. Matches reach
+/// back no further than the block's own start.
+fn lzo1x(mut input: Input<'_>, output: &mut Vec<u8>, end: usize) -> io::Result<()> {
+    let start = output.len();
+    let mut state = 0;
+    // The first byte may be a length of literals instead.
+    if let Some(first @ 18..) = input.0.first() {
+        let len = usize::from(first - 17);
+        input.byte()?;
+        check_room(output, len, end)?;
+        output.extend_from_slice(input.take(len)?);
+        state = len.min(4);
+    }
+    loop {
+        match Instruction::read(&mut input, state)? {
+            Instruction::Literals(len) => {
+                check_room(output, len, end)?;
+                output.extend_from_slice(input.take(len)?);
+                state = 4;
+            }
+            Instruction::Match {
+                len,
+                distance,
+                literals,
+            } => {
+                check_room(output, len + literals, end)?;
+                if distance > output.len() - start {
+                    return Err(invalid("a match reaches before the block's start"));
+                }
+                let from = output.len() - distance;
+                for index in from..from + len {
+                    output.push(output[index]);
+                }
+                output.extend_from_slice(input.take(literals)?);
+                state = literals;
+            }
+            Instruction::End => break,
         }
-        let from = output.len() - distance;
-        for index in from..from + len {
-            output.push(output[index]);
-        }
-        output.extend_from_slice(input.take(literals)?);
     }
     if output.len() != end || !input.0.is_empty() {
         return Err(invalid("a block has not the size it claims"));
