@@ -48,7 +48,12 @@ impl TestMachine {
         data
     }
 
-    /// The same with INTx.
+    /// Everything before `DRIVER_OK`, with INTx.
+    pub(crate) fn start_held_back(&mut self, features: u64) {
+        assert!(self.set_up(features, |_, _| ()));
+    }
+
+    /// [`TestMachine::start`] with INTx.
     pub(crate) fn start_intx(&mut self, features: u64) -> bool {
         self.start_with(features, |_, _| ())
     }

@@ -140,6 +140,19 @@ impl TestMachine {
         features: u64,
         set_vector: impl Fn(&Self, Option<u16>),
     ) -> bool {
+        if !self.set_up(features, set_vector) {
+            return false;
+        }
+        self.bar_write(20, &[0xf]);
+        self.bar_read(20) == [0xf]
+    }
+
+    /// Everything before `DRIVER_OK`.
+    pub(super) fn set_up(
+        &mut self,
+        features: u64,
+        set_vector: impl Fn(&Self, Option<u16>),
+    ) -> bool {
         for status in [0, 1, 3_u8] {
             self.bar_write(20, &[status]);
         }
@@ -161,8 +174,7 @@ impl TestMachine {
                 self.set_up_queue(queue)
             })
             .collect();
-        self.bar_write(20, &[0xf]);
-        self.bar_read(20) == [0xf]
+        true
     }
 
     /// Writes the driver's feature bits.

@@ -151,6 +151,8 @@ impl VirtioPci {
                     self.interrupt.config_changed();
                 }
                 self.update_doorbells();
+                // Linux makes buffers available, and notifies, before its drivers are ready.
+                self.wake_queues();
             }
         }
     }
@@ -174,6 +176,16 @@ impl VirtioPci {
         if let Some(event) = queue.and_then(|queue| self.events.get(queue)) {
             // Fails only if 2^64 notifications wait, of which one is enough.
             let _ = event.write(1);
+        }
+    }
+
+    /// Makes the device look at every enabled queue once: what was notified while it was inactive
+    /// has been forgotten.
+    fn wake_queues(&self) {
+        for (event, queue) in self.events.iter().zip(&self.common.queues) {
+            if queue.enabled {
+                let _ = event.write(1);
+            }
         }
     }
 
@@ -260,9 +272,7 @@ impl Device for VirtioPci {
         lock(&self.device).resume()?;
         self.update_doorbells();
         if self.active {
-            for event in &self.events {
-                let _ = event.write(1);
-            }
+            self.wake_queues();
         }
         Ok(())
     }

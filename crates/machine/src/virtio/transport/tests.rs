@@ -154,6 +154,19 @@ fn queues_outside_ram_need_a_reset() {
 }
 
 #[test]
+fn a_buffer_from_before_driver_ok_is_served() {
+    let mut machine = machine();
+    machine.start_held_back(VERSION_1);
+    let at = machine.buffer(0, 8);
+    machine.add(0, &[Buffer::writable(at, 8)]);
+    machine.notify(0);
+    assert!(machine.take_used(0).is_empty(), "the driver is not ready");
+    machine.bar_write(20, &[0xf]);
+    machine.run();
+    assert_eq!(machine.take_used(0).len(), 1);
+}
+
+#[test]
 fn the_access_capability_reaches_the_bar() {
     let machine = machine();
     let at = capability(&machine, 5);
