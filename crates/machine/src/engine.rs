@@ -147,7 +147,8 @@ pub trait Vcpu: Send {
     fn save(&mut self) -> Result<VcpuState, EngineError>;
 
     /// Takes a state that a vCPU of the same index and CPU profile has saved, here or elsewhere. The
-    /// platform is restored before the vCPUs, all of them before any runs.
+    /// platform is restored before the vCPUs, vCPU 0 before the others (their time-stamp counters
+    /// follow its), all of them before any runs.
     ///
     /// # Errors
     ///

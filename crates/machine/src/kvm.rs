@@ -28,6 +28,7 @@ mod irq;
 mod kick;
 mod msr;
 mod platform_state;
+mod probe;
 mod run_page;
 mod runtime;
 mod vcpu;
@@ -41,6 +42,7 @@ use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use cpuid::supported_cpuid;
+pub use probe::{LEAST_MIPS, ProbeError, ProbeReport, open, probe};
 pub use runtime::RUNTIME_IOCTLS;
 
 use crate::cpu_profile::{CpuProfile, CpuidTable};

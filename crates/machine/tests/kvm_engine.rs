@@ -1,5 +1,7 @@
 //! The KVM engine on a real KVM interface: what a guest does comes out, what happens outside goes in.
 
+#![allow(clippy::unwrap_used)] // helpers of tests may, as tests do
+
 mod micro;
 
 use std::sync::Arc;

@@ -76,7 +76,7 @@ pub(super) fn add_caches(table: &mut CpuidTable, amd: bool) {
         });
         table.set(CpuidLeaf {
             ecx: l2.kib() << 16 | 8 << 12 | 1 << 8 | LINE,
-            edx: l3.kib() / 512 << 18 | 8 << 12 | 1 << 8 | LINE,
+            edx: (l3.kib() / 512) << 18 | 8 << 12 | 1 << 8 | LINE,
             ..CpuidLeaf::new(0x8000_0006)
         });
     } else {

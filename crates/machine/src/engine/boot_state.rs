@@ -3,6 +3,8 @@
 //! Each function changes what the boot protocol prescribes in a state that [`super::Vcpu::save`]
 //! has given, and leaves the rest as it is after power-on.
 
+use crate::boot::Entry;
+
 use super::state::{DescriptorTable, GeneralRegisters, Segment, VcpuState};
 
 /// CR0: protection enable, and the extension type that reads as one.
@@ -47,6 +49,34 @@ fn flat(selector: u16, attributes: u32) -> Segment {
 }
 
 impl VcpuState {
+    /// Enters the kernel that [`crate::boot`] has loaded.
+    pub fn enter(&mut self, entry: &Entry) {
+        match *entry {
+            Entry::Pvh { rip, start_info } => self.pvh_start(rip, start_info),
+            Entry::Linux64 {
+                rip,
+                boot_params,
+                cr3,
+                gdt,
+                gdt_limit,
+                code_selector,
+                data_selector,
+            } => self.linux64_start(
+                GeneralRegisters {
+                    rip,
+                    rsi: boot_params,
+                    ..GeneralRegisters::default()
+                },
+                cr3,
+                DescriptorTable {
+                    base: gdt,
+                    limit: gdt_limit,
+                },
+                [code_selector, data_selector],
+            ),
+        }
+    }
+
     /// Enters a kernel by the PVH protocol (Xen's "x86/HVM direct boot ABI"): 32-bit protected mode
     /// at `rip` with flat segments and no paging, `start_info` in EBX.
     pub fn pvh_start(&mut self, rip: u64, start_info: u64) {
@@ -55,8 +85,7 @@ impl VcpuState {
             rbx: start_info,
             ..GeneralRegisters::default()
         });
-        let special = &mut self.special;
-        special.cs = flat(0x8, CODE | BIG);
+        self.special.cs = flat(0x8, CODE | BIG);
         self.set_data_segments(flat(0x10, DATA | BIG));
         self.special.cr0 = CR0_PE_ET;
         self.special.cr3 = 0;
@@ -66,18 +95,19 @@ impl VcpuState {
 
     /// Enters a Linux kernel by its 64-bit boot protocol (the kernel's
     /// `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol"): long mode at `rip` under the page
-    /// tables at `cr3`, which map the kernel and its parameters to themselves, `boot_params` in RSI.
-    /// `gdt` holds flat code at selector 0x10 and flat data at 0x18.
-    pub fn linux64_start(&mut self, rip: u64, boot_params: u64, cr3: u64, gdt: DescriptorTable) {
-        self.start_common(GeneralRegisters {
-            rip,
-            rsi: boot_params,
-            ..GeneralRegisters::default()
-        });
-        let special = &mut self.special;
-        special.cs = flat(0x10, CODE | LONG);
-        special.gdt = gdt;
-        self.set_data_segments(flat(0x18, DATA | BIG));
+    /// tables at `cr3`, which map the kernel and its parameters to themselves, `boot_params` in RSI,
+    /// the selectors of flat segments in `gdt` loaded.
+    fn linux64_start(
+        &mut self,
+        general: GeneralRegisters,
+        cr3: u64,
+        gdt: DescriptorTable,
+        [code, data]: [u16; 2],
+    ) {
+        self.start_common(general);
+        self.special.cs = flat(code, CODE | LONG);
+        self.special.gdt = gdt;
+        self.set_data_segments(flat(data, DATA | BIG));
         self.special.cr0 = CR0_PE_ET | CR0_PG;
         self.special.cr3 = cr3;
         self.special.cr4 = CR4_PAE;

@@ -4,7 +4,7 @@ use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Cap, Kvm};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::invalid;
 use crate::cpu_profile::{CpuidLeaf, CpuidTable};
@@ -77,10 +77,7 @@ pub(super) fn check_address_width(
     let bits = supported
         .get(0x8000_0008, 0)
         .map_or(36, |leaf| leaf.eax & 0xff);
-    let ram: u64 = memory
-        .iter()
-        .map(|region| vm_memory::GuestMemoryRegion::len(region))
-        .sum();
+    let ram: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
     let end = layout::pci_window_64(ram).end;
     if bits < 64 && end > 1 << bits {
         let reason = format!(

@@ -27,6 +27,8 @@ const XSAVE_MIN: usize = 576;
 /// How far a time-stamp counter may be off before the guest's timers are wrong, in parts per
 /// million: NTP corrects as much.
 const TSC_TOLERANCE_PPM: u64 = 250;
+/// Days, in cycles of any processor.
+const FAR_AWAY_TSC: u64 = 1 << 50;
 
 pub(super) fn save(vcpu: &KvmVcpu) -> Result<VcpuState, EngineError> {
     let fd = &vcpu.fd;
@@ -92,11 +94,7 @@ pub(super) fn restore(
     fd.set_debug_regs(&debug)
         .map_err(error("KVM_SET_DEBUGREGS"))?;
     if with_tsc {
-        let tsc = Msr {
-            index: msr::TSC,
-            value: state.tsc,
-        };
-        vcpu.set_msrs(&[tsc])?;
+        vcpu.set_tsc(state.tsc)?;
     }
     let mut lapic = kvm_lapic_state::default();
     for (register, &byte) in lapic.regs.iter_mut().zip(&state.local_apic) {
@@ -191,6 +189,23 @@ impl KvmVcpu {
             );
             self.error("KVM_SET_TSC_KHZ", invalid(reason))
         })
+    }
+
+    /// Sets the time-stamp counter.
+    ///
+    /// KVM takes a value that is within a second of what the VM's last counter to be set must have
+    /// reached for an attempt to synchronize the two, and makes them equal. That is what we want of
+    /// all vCPUs but the first. The first must not be synchronized with the counter that it had, so
+    /// it is set to somewhere else in between.
+    fn set_tsc(&self, value: u64) -> Result<(), EngineError> {
+        let tsc = |value| Msr {
+            index: msr::TSC,
+            value,
+        };
+        if self.index == 0 {
+            self.set_msrs(&[tsc(value.wrapping_add(FAR_AWAY_TSC))])?;
+        }
+        self.set_msrs(&[tsc(value)])
     }
 
     fn get_xsave(&self) -> Result<Vec<u8>, EngineError> {

@@ -296,7 +296,7 @@ impl VcpuState {
             return Err(format!("{} bytes of local APIC", self.local_apic.len()));
         }
         // Legacy region and header are 576 bytes; the rest comes in words.
-        if !(576..=MAX_XSAVE).contains(&self.xsave.len()) || self.xsave.len() % 4 != 0 {
+        if !(576..=MAX_XSAVE).contains(&self.xsave.len()) || !self.xsave.len().is_multiple_of(4) {
             return Err(format!("{} bytes of XSAVE area", self.xsave.len()));
         }
         if self.msrs.len() > MAX_MSRS {
