@@ -180,7 +180,7 @@ pub fn probe(kvm: impl AsFd) -> Result<ProbeReport, ProbeError> {
     let kvm = from_descriptor(descriptor);
     check_interface(&kvm)?;
     let mut guest = ProbeGuest::new(&kvm)?;
-    let kips = measure(&mut guest, start)?;
+    let kips = measure(&mut guest)?;
     if kips < LEAST_MIPS * 1000 {
         return Err(ProbeError::TooSlow { kips });
     }
@@ -212,9 +212,10 @@ fn check_interface(kvm: &Kvm) -> Result<(), ProbeError> {
 }
 
 /// The best speed seen, in thousand instructions per second.
-fn measure(guest: &mut ProbeGuest, start: Instant) -> Result<u64, ProbeError> {
-    // Brings in the guest's pages, and on a host that translates, its code.
+fn measure(guest: &mut ProbeGuest) -> Result<u64, ProbeError> {
+    // Brings in the guest's pages and, on a host that translates, its code.
     guest.run_loop(1)?;
+    let start = Instant::now();
     let mut best = 0;
     let mut iterations = FIRST_ITERATIONS;
     while start.elapsed() < TIME_LIMIT {
