@@ -42,9 +42,12 @@ use std::time::Duration;
 
 mod block;
 mod channel;
+mod control;
 mod frontend;
+pub mod fuzz;
 mod handshake;
 mod inflight;
+mod net;
 mod rings;
 mod state;
 mod wire;
@@ -53,6 +56,7 @@ mod wire;
 mod tests;
 
 pub use block::{Block, BlockOptions};
+pub use net::{Net, NetOptions};
 pub use wire::BackendError;
 
 /// The longest that one operation on a backend may keep its caller waiting: a handshake, setting up
@@ -67,15 +71,4 @@ pub trait BackendSource: Send {
     /// `device` has no backend, and `reason` says why: the last one hung up, fell silent, refused a
     /// request, or offered less than the guest has been promised.
     fn request(&self, device: &str, reason: &str);
-}
-
-#[doc(hidden)]
-pub use frontend::fuzz_vhost_user_backend;
-
-/// Reads `data.len()` bytes at `offset` of a configuration space, zeroes beyond its end.
-fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
-    let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
-    let len = data.len().min(config.len() - from);
-    data[..len].copy_from_slice(&config[from..from + len]);
-    data[len..].fill(0);
 }

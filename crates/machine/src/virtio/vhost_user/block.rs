@@ -7,6 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
@@ -22,6 +23,7 @@ use super::state::SavedFrontend;
 use super::wire::BackendError;
 use super::{BackendSource, REPLY_TIMEOUT};
 use crate::device::{Device, DeviceError, RestoreError, SavedState};
+use crate::virtio::queue::read_config;
 use crate::virtio::{Activation, VirtioDevice};
 
 const FEATURES: u64 = 1 << blk::VIRTIO_BLK_F_SIZE_MAX
@@ -82,14 +84,23 @@ impl Block {
         stream: UnixStream,
         source: Box<dyn BackendSource>,
     ) -> Result<Self, BackendError> {
+        Self::with_patience(options, stream, source, REPLY_TIMEOUT)
+    }
+
+    pub(super) fn with_patience(
+        options: BlockOptions,
+        stream: UnixStream,
+        source: Box<dyn BackendSource>,
+        patience: Duration,
+    ) -> Result<Self, BackendError> {
         let profile = Profile {
             features: FEATURES,
-            protocol: Protocol::CONFIG | Protocol::BACKEND_REQ,
+            protocol: Protocol::CONFIG | Protocol::BACKEND_REQ | Protocol::INFLIGHT_SHMFD,
             config_len: CONFIG_LEN,
             queues: queues_of,
             drains: true,
         };
-        let mut frontend = Frontend::new(options.name, profile, stream, source, REPLY_TIMEOUT)?;
+        let mut frontend = Frontend::new(options.name, profile, stream, source, patience)?;
         let limit = options.max_queues.clamp(1, MAX_QUEUES);
         let count = frontend.backend_queues().clamp(1, limit.into());
         frontend.require_queues(count);
@@ -203,6 +214,8 @@ impl Device for Block {
 
     fn resume(&mut self) -> Result<(), DeviceError> {
         self.frontend.resume();
+        // A restored device may be on a disk of another size than the one that was saved.
+        self.update_config();
         Ok(())
     }
 
@@ -264,7 +277,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        super::read_config(&self.config, offset, data);
+        read_config(&self.config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -51,7 +51,6 @@ struct Watched {
     channel: Option<Arc<UnixStream>>,
 }
 
-#[allow(dead_code)] // The network device, which lands next, uses the rest.
 impl Frontend {
     /// Greets the first backend, whose features are the device's from then on.
     pub(super) fn new(
@@ -244,7 +243,8 @@ impl Frontend {
         self.source.request(&self.name, &error.to_string());
     }
 
-    fn wake(&self) {
+    /// Has the event loop call [`Frontend::process`].
+    pub(super) fn wake(&self) {
         // Fails only if the counter is full, and then the event loop is awake.
         let _ = self.wake.write(1);
     }
@@ -448,47 +448,4 @@ impl Frontend {
 
 fn can_log(link: &Link) -> bool {
     link.protocol.contains(Protocol::LOG_SHMFD) && link.backend_features & F_LOG_ALL != 0
-}
-
-/// Takes `data` for all that a backend ever says: a device must refuse it or go on, never hang.
-///
-/// # Panics
-///
-/// When an invariant of the front-end is broken.
-#[doc(hidden)]
-pub fn fuzz_vhost_user_backend(data: &[u8]) {
-    use std::io::Write;
-
-    struct Nobody;
-    impl BackendSource for Nobody {
-        fn request(&self, _: &str, _: &str) {}
-    }
-
-    let speak = |bytes: &[u8]| {
-        let (ours, mut theirs) = UnixStream::pair().expect("socket pairs are at hand");
-        theirs
-            .write_all(bytes)
-            .expect("the socket buffer is larger");
-        // At the end of what it says, it hears us still, but says no more.
-        theirs
-            .shutdown(Shutdown::Write)
-            .expect("the socket is open");
-        (ours, theirs)
-    };
-    let data = &data[..data.len().min(16 << 10)];
-    let (first, second) = data.split_at(data.len() / 2);
-    for (early, late) in [(data, data), (first, second)] {
-        let options = super::BlockOptions {
-            name: "disk0".into(),
-            max_queues: 4,
-        };
-        let (stream, _theirs) = speak(early);
-        let Ok(mut block) = super::Block::new(options, stream, Box::new(Nobody)) else {
-            continue;
-        };
-        let (stream, _theirs) = speak(late);
-        block.reconnect(stream);
-        crate::virtio::VirtioDevice::write_config(&mut block, 32, &[0]);
-        assert!((1..=4).contains(&crate::virtio::VirtioDevice::queue_sizes(&block).len()));
-    }
 }

@@ -163,8 +163,7 @@ fn negotiate_protocol(
     profile: &Profile,
     deadline: Deadline,
 ) -> Result<Protocol, BackendError> {
-    let wanted =
-        Protocol::MQ | Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD | Protocol::LOG_SHMFD;
+    let wanted = Protocol::MQ | Protocol::REPLY_ACK | Protocol::LOG_SHMFD;
     let offered = wire
         .call(
             FrontendReq::GET_PROTOCOL_FEATURES,

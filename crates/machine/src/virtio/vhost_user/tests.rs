@@ -1,9 +1,13 @@
 //! Both devices against real backends in processes of their own, and against bad ones.
 
+mod backend;
 mod block;
 mod daemon;
 mod driver;
 mod hostile;
+mod net;
+mod peer;
+mod scripted;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};

@@ -20,7 +20,7 @@ const FLUSH: u32 = 4;
 const DISK_SIZE: u64 = 8 << 20;
 
 /// Where the buffers of a ring's slot are: header, status, and data a page further on.
-fn buffers(ring: usize, slot: u16) -> u64 {
+pub(super) fn buffers(ring: usize, slot: u16) -> u64 {
     0x100_0000 + ((ring as u64) << 20) + u64::from(slot) * 0x4000
 }
 
@@ -48,7 +48,7 @@ fn pattern(slot: u16) -> Vec<u8> {
 }
 
 /// Puts a write of `pattern(slot)` to sector `slot` into the ring.
-fn submit_write(driver: &mut Driver, queue: usize, slot: u16) {
+pub(super) fn submit_write(driver: &mut Driver, queue: usize, slot: u16) {
     let at = buffers(queue, slot);
     let ring = &mut driver.rings[queue];
     ring.memory

@@ -1,16 +1,7 @@
 //! Backends that lie, stop half-way, or say nothing.
 
-use crate::virtio::vhost_user::fuzz_vhost_user_backend;
-
-/// A reply with that body.
-fn reply(request: u32, body: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for word in [request, 0b101, body.len() as u32] {
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    bytes.extend_from_slice(body);
-    bytes
-}
+use super::scripted::reply;
+use crate::virtio::vhost_user::fuzz::{fuzz_vhost_user_backend, fuzz_vhost_user_net_control};
 
 /// All that a well-behaved backend says during a handshake.
 fn good_handshake() -> Vec<u8> {
@@ -25,6 +16,10 @@ fn good_handshake() -> Vec<u8> {
         reply(17, &2_u64.to_le_bytes()),
         reply(24, &config),
         reply(1, &features.to_le_bytes()),
+        // Activation is confirmed, then both rings are stopped.
+        reply(1, &features.to_le_bytes()),
+        reply(11, &0_u64.to_le_bytes()),
+        reply(11, &1_u64.to_le_bytes()),
     ]
     .concat()
 }
@@ -34,6 +29,8 @@ fn no_bytes_from_a_backend_do_harm() {
     let good = good_handshake();
     fuzz_vhost_user_backend(&good);
     fuzz_vhost_user_backend(&[good.clone(), good.clone()].concat());
+    // A configuration change, acknowledged, and the beginning of another.
+    fuzz_vhost_user_backend(&[2, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
     for len in 0..good.len() {
         fuzz_vhost_user_backend(&good[..len]);
     }
@@ -53,5 +50,7 @@ fn no_bytes_from_a_backend_do_harm() {
         fuzz_vhost_user_backend(&bytes);
         let noise: Vec<u8> = (0..random() % 200).map(|_| random() as u8).collect();
         fuzz_vhost_user_backend(&noise);
+        let few: Vec<u8> = noise.iter().map(|byte| byte % 8).collect();
+        fuzz_vhost_user_net_control(&few);
     }
 }
