@@ -1,10 +1,12 @@
 //! `mica image`: guest images built from Debian's packages.
 //!
 //! An image is a directory of plain files with a manifest ([`manifest`]) in the user's [`store`].
-//! [`tiny`] builds a kernel with an initramfs.
+//! [`tiny`] builds a kernel with an initramfs, [`debian`] a bootable disk.
 
 mod apt;
 mod cpio;
+mod debian;
+mod gpt;
 pub(crate) mod manifest;
 mod modules;
 mod progress;
@@ -53,6 +55,13 @@ pub(crate) enum Recipe {
         #[command(flatten)]
         common: Common,
     },
+    /// A bootable disk with systemd and apt.
+    Debian {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        options: debian::Options,
+    },
 }
 
 /// What every build takes.
@@ -71,6 +80,8 @@ pub(crate) struct Common {
 pub(crate) enum BuildError {
     #[error(transparent)]
     Apt(#[from] apt::AptError),
+    #[error(transparent)]
+    Debian(#[from] debian::DebianError),
     #[error("the kernel's package holds no kernel that we can unpack: {0}")]
     Kernel(mica_machine::boot::BootError),
     #[error(transparent)]
@@ -95,6 +106,7 @@ pub(crate) fn run(command: Command, output: OutputFormat) -> Result<ExitCode, Bo
 fn build(recipe: &Recipe, output: OutputFormat) -> Result<(), Box<dyn Error>> {
     let (kind, common) = match recipe {
         Recipe::Tiny { common } => (manifest::Kind::Tiny, common),
+        Recipe::Debian { common, .. } => (manifest::Kind::Debian, common),
     };
     let name = common.name.as_deref().unwrap_or(kind.as_str());
     let started = Instant::now();
@@ -108,6 +120,9 @@ fn build(recipe: &Recipe, output: OutputFormat) -> Result<(), Box<dyn Error>> {
     let created = present.as_ref().map(|image| image.manifest.created.clone());
     let image = match recipe {
         Recipe::Tiny { .. } => tiny::build(&tools, &mut progress, &locked, present)?,
+        Recipe::Debian { options, .. } => {
+            debian::build(&tools, &mut progress, &locked, options, present)?
+        }
     };
     drop(progress);
     match output {

@@ -115,7 +115,6 @@ impl FileEntry {
     }
 
     /// Describes a disk.
-    #[allow(dead_code, reason = "disk images use it")]
     pub(crate) fn of_disk(path: &Path) -> io::Result<Self> {
         Ok(Self {
             size: path.metadata()?.size(),

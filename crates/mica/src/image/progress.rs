@@ -24,7 +24,6 @@ impl Progress {
     }
 
     /// Tells where in the step we are.
-    #[allow(dead_code, reason = "the disk's build uses it")]
     pub(crate) fn detail(&self, detail: &str) {
         self.show(&format!("{}: {detail}", self.step));
     }

@@ -241,6 +241,11 @@ pub(crate) struct Stage<'a> {
 }
 
 impl Stage<'_> {
+    /// The name of the image to be.
+    pub(crate) fn name(&self) -> &str {
+        &self.locked.name
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

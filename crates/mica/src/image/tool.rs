@@ -1,5 +1,7 @@
 //! Running the host's programs so that an interrupt ends them and us in good order.
 
+use std::env;
+use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -142,6 +144,7 @@ impl Tools {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .env("LC_ALL", "C.UTF-8")
+            .env("PATH", search_path())
             // Out of the terminal's foreground group: an interrupt reaches it through us, once.
             .process_group(0)
             .spawn()
@@ -208,4 +211,11 @@ fn lossy_lines(stream: impl Read) -> impl Iterator<Item = String> {
         .split(b'\n')
         .map_while(Result::ok)
         .map(|line| String::from_utf8_lossy(&line).into_owned())
+}
+
+/// The user's search path with the directories that Debian gives to root alone.
+pub(crate) fn search_path() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
 }
