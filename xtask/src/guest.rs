@@ -20,7 +20,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::session::{self, Channel, Launch, Session, Turn};
+use crate::session::{self, Channel, Echo, Launch, Session, Turn};
 
 /// A guest to be started.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ pub struct Guest {
     memory_mib: u32,
     timeout: Duration,
     arguments: Vec<OsString>,
-    echo: bool,
+    echo: Echo,
 }
 
 impl Default for Guest {
@@ -47,7 +47,7 @@ impl Guest {
             memory_mib: 512,
             timeout: Duration::from_secs(300),
             arguments: Vec::new(),
-            echo: false,
+            echo: Echo::Nothing,
         }
     }
 
@@ -99,9 +99,9 @@ impl Guest {
         self
     }
 
-    /// Shows the serial line on our standard output as well.
+    /// Whether the serial line is shown on our standard output as well.
     #[must_use]
-    pub fn echo(mut self, echo: bool) -> Guest {
+    pub fn echo(mut self, echo: Echo) -> Guest {
         self.echo = echo;
         self
     }

@@ -31,7 +31,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::error::{Error, Result, output_of};
-use crate::session::{self, Channel, Launch, Outcome, Session, Turn};
+use crate::session::{self, Channel, Echo, Launch, Outcome, Session, Turn};
 use initramfs::Archive;
 
 /// Files up to this size go into the initramfs, larger ones onto the shared disk. The initramfs
@@ -54,7 +54,7 @@ pub struct Lab {
     files: Vec<(PathBuf, String)>,
     disks: Vec<PathBuf>,
     modules: Vec<String>,
-    echo: bool,
+    echo: Echo,
 }
 
 impl Default for Lab {
@@ -74,7 +74,7 @@ impl Lab {
             files: Vec::new(),
             disks: Vec::new(),
             modules: Vec::new(),
-            echo: false,
+            echo: Echo::Nothing,
         }
     }
 
@@ -121,9 +121,9 @@ impl Lab {
         self
     }
 
-    /// Copies the command's output and error to our own as they come.
+    /// What of the command's output is copied to our own as it comes.
     #[must_use]
-    pub fn echo(mut self, echo: bool) -> Lab {
+    pub fn echo(mut self, echo: Echo) -> Lab {
         self.echo = echo;
         self
     }

@@ -6,7 +6,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use commands::{ci, demo, fuzz, kvm_lab};
+use commands::{bench, ci, demo, fuzz, kvm_lab};
 
 /// The repository's chores.
 #[derive(Parser)]
@@ -26,10 +26,15 @@ enum Command {
     Test(ci::TestArguments),
     /// Fuzz what reads untrusted bytes.
     Fuzz(fuzz::Arguments),
+    /// Measure Mica and its peer in turn.
+    Bench(bench::Arguments),
     /// Run a command, usually mica, in a Debian kernel with a real KVM, on any machine.
     KvmLab(kvm_lab::Arguments),
     /// Build everything and watch a tiny guest boot.
     Demo,
+    /// The part of a bench that runs inside the KVM lab.
+    #[command(hide = true)]
+    LabSide(bench::LabSide),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +43,8 @@ fn main() -> ExitCode {
         Command::Tidy(arguments) => ci::tidy(&arguments),
         Command::Test(arguments) => ci::test(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::LabSide(arguments) => bench::lab_side(&arguments),
         Command::Demo => demo::run(),
         Command::KvmLab(arguments) => {
             return kvm_lab::run(&arguments).unwrap_or_else(|error| fail(&error));

@@ -53,6 +53,18 @@ impl Channel {
     }
 }
 
+/// What a session copies to our own standard streams as it comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Echo {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A command's standard error: how far it is.
+    Errors,
+    /// All of its output.
+    All,
+}
+
 /// What a session left behind.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -151,8 +163,7 @@ pub(crate) struct Launch {
     pub(crate) directory: tempfile::TempDir,
     /// The whole session's.
     pub(crate) timeout: Duration,
-    /// Copies output and error to our own as they come.
-    pub(crate) echo: bool,
+    pub(crate) echo: Echo,
     /// Held while the session lives.
     pub(crate) turn: Turn,
 }
@@ -353,7 +364,7 @@ impl Drop for Session {
 /// Starts a reader for each channel; the output channel's socket is also the way in.
 fn follow(
     streams: Vec<(Channel, UnixStream)>,
-    echo: bool,
+    echo: Echo,
 ) -> Result<(Arc<Transcript>, UnixStream)> {
     let transcript = Arc::new(Transcript::default());
     transcript.lock().open = streams.len();
@@ -422,7 +433,7 @@ fn wait_readable(listener: &UnixListener) -> Result<()> {
     Ok(())
 }
 
-fn read_channel(channel: Channel, mut stream: UnixStream, transcript: &Transcript, echo: bool) {
+fn read_channel(channel: Channel, mut stream: UnixStream, transcript: &Transcript, echo: Echo) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let count = match stream.read(&mut buffer) {
@@ -432,16 +443,14 @@ fn read_channel(channel: Channel, mut stream: UnixStream, transcript: &Transcrip
             Err(_) => break,
         };
         let bytes = &buffer[..count];
-        if echo {
-            // A reader that has gone away must not stop the session.
-            let _ = match channel {
-                Channel::Output => io::stdout()
-                    .write_all(bytes)
-                    .and_then(|()| io::stdout().flush()),
-                Channel::Error => io::stderr().write_all(bytes),
-                Channel::Control | Channel::Console => Ok(()),
-            };
-        }
+        // A reader of ours that has gone away must not stop the session.
+        let _ = match (channel, echo) {
+            (Channel::Output, Echo::All) => io::stdout()
+                .write_all(bytes)
+                .and_then(|()| io::stdout().flush()),
+            (Channel::Error, Echo::All | Echo::Errors) => io::stderr().write_all(bytes),
+            _ => Ok(()),
+        };
         transcript.lock().append(channel, bytes);
         transcript.changed.notify_all();
     }

@@ -28,7 +28,7 @@ pub(crate) struct TidyArguments {
 /// Options of `test`.
 #[derive(clap::Args)]
 pub(crate) struct TestArguments {
-    /// Fuzz long.
+    /// Fuzz long, and run the benches.
     #[arg(long)]
     deep: bool,
 }
@@ -65,7 +65,10 @@ pub(crate) fn ci(arguments: &CiArguments) -> Result<()> {
             "--no-deps",
             "--document-private-items",
         ]);
-        passed(command.env("RUSTDOCFLAGS", "-D warnings"))
+        passed(command.env(
+            "RUSTDOCFLAGS",
+            "-D warnings -A rustdoc::private_intra_doc_links",
+        ))
     });
     if !arguments.checks {
         test_steps(&mut steps, &TestArguments { deep: false });
@@ -109,6 +112,9 @@ fn test_steps(steps: &mut Steps, arguments: &TestArguments) {
         FUZZ_SECONDS
     };
     steps.run("fuzzing", || fuzz::all(seconds).map(|()| Done::Passed));
+    if arguments.deep {
+        steps.run("benches", || super::bench::all().map(|()| Done::Passed));
+    }
 }
 
 /// Licences, sources, bans and advisories, by `cargo deny`; continuous integration installs it.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use xtask::error::{self, Error, Result};
 use xtask::lab::Lab;
+use xtask::session::Echo;
 use xtask::workspace;
 
 /// What the guest is asked to do, and the prompt that says that it is done.
@@ -39,7 +40,7 @@ pub(crate) fn run() -> Result<()> {
     let mut session = Lab::new()
         .file(&mica, "/usr/bin/mica")
         .file(&home, "/demo")
-        .echo(true)
+        .echo(Echo::All)
         .start("MICA_HOME=/demo mica run tiny")?;
     for command in COMMANDS {
         session.expect(PROMPT, 3 * minute)?;

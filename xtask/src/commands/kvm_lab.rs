@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use xtask::error::{self, Error, Result};
 use xtask::lab::{Lab, quoted};
+use xtask::session::Echo;
 use xtask::workspace;
 
 /// Options of `kvm-lab`.
@@ -61,7 +62,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         .memory_mib(arguments.memory)
         .cpus(arguments.cpus)
         .timeout(Duration::from_secs(arguments.timeout))
-        .echo(true)
+        .echo(Echo::All)
         .file(workspace::binary("mica", profile), "/usr/bin/mica");
     for (source, destination) in &arguments.files {
         lab = lab.file(source, destination);
