@@ -8,20 +8,27 @@ use std::process;
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
+use mica_machine::{boot, legacy, pci, virtio};
 
 type Target = fn(&[u8]);
 
 /// Every `fuzz_*` function of the crates; `cargo xtask tidy` holds it complete.
 const TARGETS: &[(&str, Target)] = &[
-    ("kernel", mica_machine::boot::fuzz::fuzz_kernel),
-    ("pci", mica_machine::pci::fuzz::fuzz_pci),
-    ("virtqueue", mica_machine::virtio::fuzz::fuzz_virtqueue),
-    ("vsock", mica_machine::virtio::vsock::fuzz::fuzz_vsock),
-    ("partitions", mica_machine::boot::disk::fuzz::fuzz_partitions),
-    ("fat", mica_machine::boot::disk::fuzz::fuzz_fat),
-    ("ext4", mica_machine::boot::disk::fuzz::fuzz_ext4),
-    ("grub", mica_machine::boot::disk::fuzz::fuzz_grub),
-    ("bls", mica_machine::boot::disk::fuzz::fuzz_bls),
+    ("partitions", boot::disk::fuzz::fuzz_partitions),
+    ("fat", boot::disk::fuzz::fuzz_fat),
+    ("ext4", boot::disk::fuzz::fuzz_ext4),
+    ("grub", boot::disk::fuzz::fuzz_grub),
+    ("bls", boot::disk::fuzz::fuzz_bls),
+    ("kernel", boot::fuzz::fuzz_kernel),
+    ("legacy", legacy::fuzz::fuzz_legacy),
+    ("pci", pci::fuzz::fuzz_pci),
+    ("virtqueue", virtio::fuzz::fuzz_virtqueue),
+    ("vsock", virtio::vsock::fuzz::fuzz_vsock),
+    (
+        "vhost-user-backend",
+        virtio::vhost_user::fuzz_vhost_user_backend,
+    ),
+    ("block-requests", mica_storage::fuzz::fuzz_block_requests),
 ];
 
 static TARGET: OnceLock<Target> = OnceLock::new();
