@@ -21,12 +21,14 @@ pub(super) use handler::Seen;
 pub(super) enum Work {
     /// Requests of a block device succeed; their sectors are written down.
     Block,
-    /// Of all that is in the ring at the first kick, every other request succeeds, the last first;
-    /// then the backend dies.
+    /// Of the first [`HALVED`] requests every other succeeds, the last first; then the backend dies.
     BlockHalfThenDie,
     /// Frames sent on a pair come back on it.
     Loopback,
 }
+
+/// See [`Work::BlockHalfThenDie`].
+pub(super) const HALVED: usize = 16;
 
 /// What a backend is.
 #[derive(Clone)]

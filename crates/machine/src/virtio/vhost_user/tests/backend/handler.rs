@@ -12,7 +12,7 @@ use vhost::vhost_user::{
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::ring::{Region, Ring};
-use super::{Traits, Work};
+use super::{HALVED, Traits, Work};
 
 /// What the backend has been told and has done.
 #[derive(Clone, Default)]
@@ -36,6 +36,8 @@ pub(super) struct Handler {
     rings: BTreeMap<u32, Ring>,
     region: Option<Region>,
     counter: u16,
+    /// What is in flight, until there is enough of it to die with.
+    fetched: Vec<u16>,
 }
 
 impl Handler {
@@ -47,6 +49,7 @@ impl Handler {
             rings: BTreeMap::new(),
             region: None,
             counter: 0,
+            fetched: Vec::new(),
         }
     }
 
@@ -81,10 +84,13 @@ impl Handler {
     }
 
     fn serve_half(&mut self, index: u32) -> std::io::Result<()> {
-        let heads: Vec<u16> = std::iter::from_fn(|| self.fetch(index)).collect();
-        if heads.is_empty() {
+        while let Some(head) = self.fetch(index) {
+            self.fetched.push(head);
+        }
+        if self.fetched.len() < HALVED {
             return Ok(());
         }
+        let heads = std::mem::take(&mut self.fetched);
         for head in heads.iter().rev().step_by(2) {
             self.succeed(index, *head);
         }
