@@ -3,14 +3,19 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// The size of the smallest page of an x86-64 guest and of every host Mica runs on, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// A number of bytes, written by people as `512M`, `2G` or `4096`.
 ///
 /// The suffixes `K`, `M`, `G` and `T` are powers of 1024, as everywhere in virtualization; an
-/// optional `iB` or `B` behind them changes nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// optional `iB` or `B` behind them changes nothing. In JSON it is the plain number.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
 pub struct Bytes(pub u64);
 
 impl Bytes {
@@ -91,7 +96,7 @@ impl fmt::Display for Bytes {
     /// Writes the largest unit that divides the count, so that parsing gives the same count back.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
-            if self.0 != 0 && self.0 % (1 << shift) == 0 {
+            if self.0 != 0 && self.0.is_multiple_of(1 << shift) {
                 return write!(f, "{}{unit}", self.0 >> shift);
             }
         }

@@ -21,18 +21,23 @@ mod topology;
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 pub use features::{Feature, Register};
 pub use table::{CpuidLeaf, CpuidTable};
 
 /// A processor model for guests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CpuProfile {
     /// SSE4.2, POPCNT, CMPXCHG16B: every x86 server since 2009.
     #[default]
+    #[serde(rename = "x86-64-v2")]
     X86_64V2,
     /// With AVX2, BMI and FMA: since 2013, AMD since 2017.
+    #[serde(rename = "x86-64-v3")]
     X86_64V3,
     /// Whatever this host has.
+    #[serde(rename = "host")]
     Host,
 }
 

@@ -46,11 +46,11 @@ pub const MAX_RAM: u64 = (1 << 40) - HIGH_RAM_START - 2 * PCI_WINDOW_64_LEN;
 #[must_use]
 pub fn ram_ranges(ram: u64) -> Vec<Range<u64>> {
     let low = ram.min(LOW_RAM_END);
-    let mut ranges = vec![0..low];
-    if ram > low {
-        ranges.push(HIGH_RAM_START..HIGH_RAM_START + (ram - low));
-    }
-    ranges
+    let high = HIGH_RAM_START..HIGH_RAM_START + (ram - low);
+    [0..low, high]
+        .into_iter()
+        .filter(|range| !range.is_empty())
+        .collect()
 }
 
 /// The 64-bit PCI memory window of a guest with `ram` bytes of RAM, aligned to its own size.

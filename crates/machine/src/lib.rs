@@ -32,3 +32,4 @@ pub mod memory;
 pub mod pci;
 pub(crate) mod testing;
 pub mod virtio;
+pub mod vmm;

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use mica_base::units::{Bytes, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::Advice;
+use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -37,7 +38,8 @@ use crate::layout;
 pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
 
 /// Which host pages back the guest's RAM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum HugePages {
     /// 4 KiB pages.
     #[default]
@@ -46,8 +48,10 @@ pub enum HugePages {
     /// (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`) lets us ask.
     Transparent,
     /// Reserved 2 MiB pages.
+    #[serde(rename = "2M")]
     Size2M,
     /// Reserved 1 GiB pages.
+    #[serde(rename = "1G")]
     Size1G,
 }
 

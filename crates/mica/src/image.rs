@@ -20,8 +20,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::OutputFormat;
+pub(crate) use manifest::Role;
 use progress::Progress;
-use store::{Image, Store, StoreError};
+use store::Store;
+pub(crate) use store::{Image, StoreError};
 use tool::Tools;
 
 /// What can be done with images.
@@ -141,7 +143,6 @@ fn build(recipe: &Recipe, output: OutputFormat) -> Result<(), Box<dyn Error>> {
 }
 
 /// Finds an image by its name, for `mica run`.
-#[allow(dead_code, reason = "`mica run` is its caller")]
 pub(crate) fn find(name: &str) -> Result<Image, StoreError> {
     Store::open()?.find(name)
 }

@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod image;
+mod run;
+mod runtime;
 mod storage;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -32,19 +35,29 @@ enum OutputFormat {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(Box<run::Options>),
+    /// Look after running VMs.
+    #[command(subcommand)]
+    Vm(vm::Command),
     /// Build and look after guest images.
     #[command(subcommand)]
     Image(image::Command),
     /// Serve and inspect storage.
     #[command(subcommand)]
     Storage(storage::Command),
+    /// The VM process itself; `mica run` starts it.
+    #[command(hide = true)]
+    VmProcess,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
+        Command::Run(options) => run::run(*options, arguments.output),
+        Command::Vm(command) => vm::run(command, arguments.output),
         Command::Image(command) => image::run(command, arguments.output),
         Command::Storage(command) => storage::run(command, arguments.output),
+        Command::VmProcess => Ok(run::vm_process()),
     };
     match result {
         Ok(code) => code,

@@ -62,7 +62,6 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    #[allow(dead_code, reason = "`mica run` is its caller")]
     /// The path of the file with this role, if the image has one.
     pub(crate) fn file(&self, role: Role) -> Option<PathBuf> {
         self.manifest
