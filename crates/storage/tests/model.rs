@@ -14,8 +14,8 @@ use driver::{Answer, Ask, DATA, Guest, IO_ERROR, NO_EVENT_IDX, NO_INDIRECT, OK, 
 use mica_storage::store::{Engine, FileStore, FileStoreOptions};
 use mica_storage::vhost_user::{Export, ExportOptions};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 const SECTOR: usize = 512;
@@ -91,42 +91,15 @@ struct Case {
     queues: u16,
 }
 
-fn run(case: &Case, directory: &Path) {
-    let mut random = Random::new();
-    let path = directory.join("disk");
-    let file = std::fs::File::create(&path).unwrap();
-    file.set_len(SECTORS * SECTOR as u64).unwrap();
-    let options = FileStoreOptions {
-        direct: case.direct,
-        threads_only: case.threads,
-        ..FileStoreOptions::default()
-    };
-    let store = FileStore::open(&path, options).unwrap();
-    assert_eq!(
-        case.threads,
-        *store.engine() != Engine::IoUring,
-        "{:?}",
-        store.engine()
-    );
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let options = ExportOptions {
-        require_sealed_memory: true,
-        ..ExportOptions::default()
-    };
-    let export = Export::spawn(Arc::new(store), theirs, options).unwrap();
-    let mut guest = Guest::new(case.queues);
-    let mut frontend = guest.connect(ours, case.without);
-    let config = driver::config(&mut frontend);
-    let block = u32::from_le_bytes(config[20..24].try_into().unwrap());
-    let granule = u64::from(block) / SECTOR as u64;
-
+/// Random requests until all are answered; what the disk must hold then.
+fn load(guest: &mut Guest, case: &Case, granule: u64, random: &mut Random) -> Model {
     let mut model: Model = vec![Some(vec![0; SECTOR]); SECTORS as usize];
     let mut pending: HashMap<(usize, u16), Pending> = HashMap::new();
     let mut left = REQUESTS;
     while left > 0 || !pending.is_empty() {
         let queue = random.below(u64::from(case.queues)) as usize;
         for _ in 0..random.below(8).min(left as u64) {
-            let (mut ask, first, count) = random_ask(&mut random, granule);
+            let (mut ask, first, count) = random_ask(random, granule);
             ask.indirect &= case.without & NO_INDIRECT == 0;
             let touches =
                 |other: &Pending| first < other.first + other.count && other.first < first + count;
@@ -149,25 +122,44 @@ fn run(case: &Case, directory: &Path) {
             settle(&mut model, &pending, &answer);
         }
     }
+    model
+}
+
+fn run(case: &Case, directory: &Path) {
+    let path = directory.join("disk");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(SECTORS * SECTOR as u64).unwrap();
+    let options = FileStoreOptions {
+        direct: case.direct,
+        threads_only: case.threads,
+        ..FileStoreOptions::default()
+    };
+    let store = FileStore::open(&path, options).unwrap();
+    let threads = *store.engine() != Engine::IoUring;
+    assert_eq!(case.threads, threads, "{:?}", store.engine());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let options = ExportOptions {
+        require_sealed_memory: true,
+        ..ExportOptions::default()
+    };
+    let export = Export::spawn(Arc::new(store), theirs, options).unwrap();
+    let mut guest = Guest::new(case.queues);
+    let mut frontend = guest.connect(ours, case.without);
+    let config = driver::config(&mut frontend);
+    let block = u32::from_le_bytes(config[20..24].try_into().unwrap());
+    let granule = u64::from(block) / SECTOR as u64;
+
+    let model = load(&mut guest, case, granule, &mut Random::new());
     drop(frontend);
     let stats = export.stop();
-    assert_eq!(
-        (
-            stats.errors,
-            stats.malformed,
-            stats.unsupported,
-            stats.in_flight
-        ),
-        (0, 0, 0, 0)
-    );
+    let bad = stats.errors + stats.malformed + stats.unsupported + stats.in_flight;
+    assert_eq!(bad, 0, "{stats:?}");
     let total = stats.reads + stats.writes + stats.flushes + stats.discards + stats.write_zeroes;
     assert_eq!(total, REQUESTS as u64);
     let contents = std::fs::read(&path).unwrap();
     for (sector, (expected, data)) in model.iter().zip(contents.chunks(SECTOR)).enumerate() {
-        assert!(
-            expected.as_ref().is_none_or(|expected| data == expected),
-            "sector {sector}"
-        );
+        let holds = expected.as_ref().is_none_or(|expected| data == expected);
+        assert!(holds, "sector {sector}");
     }
 }
 
@@ -193,19 +185,57 @@ fn every_block_holds_what_was_written_last() {
     }
 }
 
+/// A discard or write-zeroes range.
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(sectors.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+/// Kind, sector, data for the device, length of data from it, status, status if read-only.
+type Row = (u32, u64, Vec<u8>, usize, u8, u8);
+
+fn rows() -> Vec<Row> {
+    use driver::UNSUPPORTED as UNKNOWN;
+    const READ: u32 = VIRTIO_BLK_T_IN;
+    const WRITE: u32 = VIRTIO_BLK_T_OUT;
+    const DISCARD: u32 = VIRTIO_BLK_T_DISCARD;
+    const ZEROES: u32 = VIRTIO_BLK_T_WRITE_ZEROES;
+    const ID: u32 = VIRTIO_BLK_T_GET_ID;
+    let sector = vec![0; 512];
+    let long = u64::MAX / 512 + 1;
+    vec![
+        (READ, 2047, vec![], 512, OK, OK),
+        (READ, 2047, vec![], 1024, IO_ERROR, IO_ERROR),
+        (READ, u64::MAX, vec![], 512, IO_ERROR, IO_ERROR),
+        (READ, long, vec![], 512, IO_ERROR, IO_ERROR),
+        (READ, 0, vec![], 100, IO_ERROR, IO_ERROR),
+        (WRITE, 2047, sector.clone(), 0, OK, IO_ERROR),
+        (WRITE, 2048, sector, 0, IO_ERROR, IO_ERROR),
+        (VIRTIO_BLK_T_FLUSH, 0, vec![], 0, OK, OK),
+        (99, 0, vec![], 512, UNKNOWN, UNKNOWN),
+        (DISCARD, 0, range(0, 8, 0), 0, OK, IO_ERROR),
+        (DISCARD, 0, range(0, 8, 1), 0, UNKNOWN, IO_ERROR),
+        (DISCARD, 0, range(2047, 2, 0), 0, IO_ERROR, IO_ERROR),
+        (DISCARD, 0, range(0, u32::MAX, 0), 0, IO_ERROR, IO_ERROR),
+        (DISCARD, 0, vec![0; 15], 0, IO_ERROR, IO_ERROR),
+        (ZEROES, 0, range(8, 8, 1), 0, OK, IO_ERROR),
+        (ZEROES, 0, range(8, 8, 2), 0, UNKNOWN, IO_ERROR),
+        (ID, 0, vec![], 20, OK, OK),
+        (ID, 0, vec![], 19, IO_ERROR, IO_ERROR),
+    ]
+}
+
 #[test]
 fn what_is_out_of_range_fails_and_what_is_unknown_is_unsupported() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = directory.path().join("disk");
     std::fs::write(&path, vec![7; 1 << 20]).unwrap();
-    let options = FileStoreOptions {
-        read_only: true,
-        ..FileStoreOptions::default()
-    };
     for read_only in [false, true] {
         let options = FileStoreOptions {
             read_only,
-            ..options.clone()
+            ..FileStoreOptions::default()
         };
         let store = Arc::new(FileStore::open(&path, options).unwrap());
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -216,55 +246,24 @@ fn what_is_out_of_range_fails_and_what_is_unknown_is_unsupported() {
         let export = Export::spawn(store, theirs, options).unwrap();
         let mut guest = Guest::new(1);
         let _frontend = guest.connect(ours, 0);
-        let mut check = |kind: u32, sector: u64, out: &[u8], expect: usize, status: u8| {
+        for (kind, sector, out, expect, writable, read_only_status) in &rows() {
             let ask = Ask {
-                out: out.to_vec(),
-                expect,
-                ..Ask::new(kind, sector)
+                out: out.clone(),
+                expect: *expect,
+                ..Ask::new(*kind, *sector)
+            };
+            let status = if read_only {
+                read_only_status
+            } else {
+                writable
             };
             let answer = guest.run(0, &ask);
-            assert_eq!(answer.status, status, "{ask:?}");
-            answer
-        };
-        let range = |sector: u64, sectors: u32, flags: u32| {
-            let mut bytes = sector.to_le_bytes().to_vec();
-            bytes.extend(sectors.to_le_bytes());
-            bytes.extend(flags.to_le_bytes());
-            bytes
-        };
-        let unsupported = if read_only {
-            IO_ERROR
-        } else {
-            driver::UNSUPPORTED
-        };
-        let written = if read_only { IO_ERROR } else { OK };
-        check(VIRTIO_BLK_T_IN, 2047, &[], 512, OK);
-        check(VIRTIO_BLK_T_IN, 2047, &[], 1024, IO_ERROR);
-        check(VIRTIO_BLK_T_IN, u64::MAX, &[], 512, IO_ERROR);
-        check(VIRTIO_BLK_T_IN, u64::MAX / 512 + 1, &[], 512, IO_ERROR);
-        check(VIRTIO_BLK_T_IN, 0, &[], 100, IO_ERROR);
-        check(VIRTIO_BLK_T_OUT, 2047, &[0; 512], 0, written);
-        check(VIRTIO_BLK_T_OUT, 2048, &[0; 512], 0, IO_ERROR);
-        check(VIRTIO_BLK_T_FLUSH, 0, &[], 0, OK);
-        check(99, 0, &[], 512, driver::UNSUPPORTED);
-        check(VIRTIO_BLK_T_DISCARD, 0, &range(0, 8, 0), 0, written);
-        check(VIRTIO_BLK_T_DISCARD, 0, &range(0, 8, 1), 0, unsupported);
-        check(VIRTIO_BLK_T_DISCARD, 0, &range(2047, 2, 0), 0, IO_ERROR);
-        check(VIRTIO_BLK_T_DISCARD, 0, &range(0, u32::MAX, 0), 0, IO_ERROR);
-        check(VIRTIO_BLK_T_DISCARD, 0, &range(0, 8, 0)[..15], 0, IO_ERROR);
-        check(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(8, 8, 1), 0, written);
-        check(
-            VIRTIO_BLK_T_WRITE_ZEROES,
-            0,
-            &range(8, 8, 2),
-            0,
-            unsupported,
-        );
-        let id = check(8, 0, &[], 20, OK);
-        assert_eq!(id.data, b"MICA-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-        check(8, 0, &[], 19, IO_ERROR);
-        let stats = export.stop();
-        assert!(stats.errors >= 8, "{stats:?}");
+            assert_eq!(answer.status, *status, "read-only {read_only}: {ask:?}");
+            if *kind == VIRTIO_BLK_T_GET_ID && answer.status == OK {
+                assert_eq!(answer.data, b"MICA-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+            }
+        }
+        drop(export);
     }
 }
 

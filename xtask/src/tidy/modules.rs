@@ -78,7 +78,23 @@ fn children(source: &Source, is_root: bool) -> Vec<String> {
                 format!("{directory}/{name}/mod.rs"),
             ]
         })
+        .chain(source.text.lines().filter_map(|line| {
+            let named = line.trim().strip_prefix("#[path = \"")?;
+            Some(resolve(parent, named.strip_suffix("\"]")?))
+        }))
         .collect()
+}
+
+/// The path `relative` from `directory` on, without `..`.
+fn resolve(directory: &str, relative: &str) -> String {
+    let mut parts: Vec<&str> = directory.split('/').collect();
+    for part in relative.split('/') {
+        match part {
+            ".." => drop(parts.pop()),
+            _ => parts.push(part),
+        }
+    }
+    parts.join("/")
 }
 
 fn check_marks(tree: &mut Tree) -> Result<()> {
@@ -185,6 +201,11 @@ mod tests {
             findings(&[root, ("crates/a/src/two.rs", "")]),
             ["crates/a/src/two.rs: is no module of any crate"]
         );
+        let named = (
+            "crates/a/src/lib.rs",
+            "#[path = \"../shared/one.rs\"]\nmod one;",
+        );
+        assert!(findings(&[named, ("crates/a/shared/one.rs", "")]).is_empty());
     }
 
     #[test]

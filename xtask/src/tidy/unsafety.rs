@@ -26,7 +26,7 @@ const ALLOWED: &[(&str, &str)] = &[
         "the kernel writes into buffers behind the borrow checker",
     ),
     (
-        "crates/storage/src/export/memory",
+        "crates/storage/src/vhost_user/memory",
         "the frontend's memory is mapped from its descriptors",
     ),
 ];

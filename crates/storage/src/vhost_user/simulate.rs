@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -14,7 +15,7 @@ use super::ExportOptions;
 use super::device::Device;
 use super::event::Stop;
 use super::inflight::{self, Inflight, Recovered};
-use super::memory::{DirtyLog, RegionKey, Regions};
+use super::memory::{DirtyLog, Memory, RegionKey, Regions};
 use super::stats::Stats;
 use super::worker::{Parts, Worker};
 use crate::store::{FileStore, FileStoreOptions, Store};
@@ -66,35 +67,15 @@ pub(crate) fn chains(data: &[u8]) -> Stats {
 }
 
 fn run(shape: u8, contents: &[u8], region: Option<(VhostUserInflight, File)>) -> Stats {
-    let file = File::from(
-        memfd_create("fuzz-memory", MemfdFlags::CLOEXEC).expect("invariant: Linux has memfd"),
-    );
-    file.set_len(MEMORY)
-        .expect("invariant: memory for a small guest");
-    let key = RegionKey {
-        guest: 0,
-        len: MEMORY,
-        user: 0,
-    };
     let log = Arc::new(DirtyLog::default());
-    let mut regions = Regions::default();
-    regions
-        .add(key, file, 0, &log)
-        .expect("invariant: the file is that large");
-    let memory = Arc::new(regions.memory().expect("invariant: one region"));
-    // The descriptor table comes first, so that short inputs reach it.
-    let len = contents.len().min((MEMORY - DESCRIPTORS) as usize);
-    memory
-        .write_slice(&contents[..len], GuestAddress(DESCRIPTORS))
-        .expect("invariant: it fits");
-
+    let memory = guest(contents, &log);
     let mut queue = Queue::new(RING).expect("invariant: a power of two");
     queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
     queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
     queue.set_used_ring_address(Some(USED as u32), None);
     queue.set_event_idx(shape & 2 != 0);
     queue.set_ready(true);
-    let used = queue.used_idx(&*memory, std::sync::atomic::Ordering::Acquire);
+    let used = queue.used_idx(&*memory, Ordering::Acquire);
     queue.set_next_used(used.expect("invariant: the ring is in memory").0);
     let mut resubmit = Vec::new();
     let mut tracker = region.and_then(|(message, file)| {
@@ -131,4 +112,27 @@ fn run(shape: u8, contents: &[u8], region: Option<(VhostUserInflight, File)>) ->
     assert_eq!(stats.in_flight, 0, "{stats:?}");
     assert!(stats.resubmitted <= u64::from(RING), "{stats:?}");
     stats
+}
+
+/// A guest's memory with `contents` from the descriptor table on, so that short inputs reach it.
+fn guest(contents: &[u8], log: &Arc<DirtyLog>) -> Arc<Memory> {
+    let file = memfd_create("fuzz-memory", MemfdFlags::CLOEXEC);
+    let file = File::from(file.expect("invariant: Linux has memfd"));
+    file.set_len(MEMORY)
+        .expect("invariant: memory for a small guest");
+    let key = RegionKey {
+        guest: 0,
+        len: MEMORY,
+        user: 0,
+    };
+    let mut regions = Regions::default();
+    regions
+        .add(key, file, 0, log)
+        .expect("invariant: the file is that large");
+    let memory = Arc::new(regions.memory().expect("invariant: one region"));
+    let len = contents.len().min((MEMORY - DESCRIPTORS) as usize);
+    memory
+        .write_slice(&contents[..len], GuestAddress(DESCRIPTORS))
+        .expect("invariant: it fits");
+    memory
 }
