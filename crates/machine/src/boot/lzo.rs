@@ -1,6 +1,5 @@
 //! lzop's container and its LZO1X blocks (the kernel's `Documentation/staging/lzo.rst`), decoded
-//! in safe Rust. Linux has not offered LZO as the default in years, and no maintained crate
-//! decodes it.
+//! in safe Rust, because no maintained crate does.
 
 use std::io;
 

@@ -121,8 +121,8 @@ pub(super) fn entries(
     Ok(entries)
 }
 
-/// What systemd-boot would show of the loader directory `path`, the default first in the result's
-/// second part. `loader.conf` need not exist.
+/// What systemd-boot would show of the loader directory `path`, and the index of its default.
+/// `loader.conf` need not exist.
 pub(super) fn menu(
     volumes: &Volumes,
     volume: usize,

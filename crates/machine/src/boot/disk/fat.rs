@@ -1,5 +1,5 @@
 //! FAT12, FAT16 and FAT32 with long names, read-only (Microsoft's FAT specification, version
-//! 1.03). fatfs 0.3 wants a writable stream and is no longer maintained.
+//! 1.03). Every chain is bounded by the size that its reader expects.
 
 use std::cell::RefCell;
 

@@ -445,6 +445,38 @@ fn corrupt_disks_never_panic() {
 }
 
 #[test]
+fn a_file_system_that_was_not_unmounted_is_read_through_its_journal() {
+    let lab = Lab::new();
+    debian_root(&lab, "", b"kernel", b"initrd");
+    let path = lab.path("root.ext4");
+    // A committed transaction that nobody has written back: the kernel's new content.
+    let blocks = Command::new("/usr/sbin/debugfs")
+        .args(["-R", "blocks /boot/vmlinuz-6.1.0-2"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let block = String::from_utf8(blocks.stdout).unwrap();
+    let content = lab.path("content");
+    fs::write(&content, [b"KERNEL", &[0; 1018][..]].concat()).unwrap();
+    let script = format!(
+        "jo -c -v 3\njw -b {} {}\njc\n",
+        block.trim(),
+        content.display()
+    );
+    let mut debugfs = Command::new("debugfs");
+    tool("e2fsprogs", debugfs.arg("-w").arg(&path), &script);
+    let good = fs::read(path).unwrap();
+    assert_ne!(good[1024 + 0x60] & 1 << 2, 0);
+    let entry = read(&disk(good.clone()), Choice::Default).unwrap();
+    assert_eq!(entry.kernel, b"KERNEL");
+    // The journal's inode: beyond the inode table.
+    let mut bad = good;
+    bad[1024 + 0xe0..][..4].copy_from_slice(&[0xff; 4]);
+    let error = entries(&disk(bad)).unwrap_err().to_string();
+    assert!(error.contains("journal's inode"), "{error}");
+}
+
+#[test]
 fn an_image_file_is_read_like_bytes() {
     let lab = Lab::new();
     let root = debian_root(&lab, "", b"kernel", b"initrd");
