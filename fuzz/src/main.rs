@@ -28,6 +28,7 @@ const TARGETS: &[(&str, Target)] = &[
         "vhost-user-backend",
         virtio::vhost_user::fuzz_vhost_user_backend,
     ),
+    ("vhost-user-net-control", virtio::vhost_user::fuzz::fuzz_vhost_user_net_control),
     ("block-requests", mica_storage::fuzz::fuzz_block_requests),
 ];
 

@@ -118,7 +118,8 @@ fn links(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-fn resolve(page: &str, link: &str) -> String {
+/// The path from the root of what `page` calls `link`.
+pub(super) fn resolve(page: &str, link: &str) -> String {
     let base = Path::new(page).parent().unwrap_or(Path::new(""));
     let mut path = PathBuf::new();
     for part in base.join(link).components() {

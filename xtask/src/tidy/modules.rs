@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::Tree;
+use super::docs::resolve;
 use super::source::Source;
 use crate::error::Result;
 
@@ -65,36 +66,25 @@ fn children(source: &Source, is_root: bool) -> Vec<String> {
     } else {
         stem
     };
-    source
-        .words("mod")
-        .into_iter()
-        .filter_map(|(offset, _)| {
-            let declared = source.code[offset + 3..].split_once([';', '{'])?.0.trim();
-            Some(declared.to_owned())
-        })
-        .flat_map(|name| {
-            [
+    let mut files = Vec::new();
+    for (offset, _) in source.words("mod") {
+        if let Some(path) = path_attribute(&source.text[..offset]) {
+            files.push(resolve(&source.path, path));
+        } else if let Some((name, _)) = source.code[offset + 3..].split_once([';', '{']) {
+            let name = name.trim();
+            files.extend([
                 format!("{directory}/{name}.rs"),
                 format!("{directory}/{name}/mod.rs"),
-            ]
-        })
-        .chain(source.text.lines().filter_map(|line| {
-            let named = line.trim().strip_prefix("#[path = \"")?;
-            Some(resolve(parent, named.strip_suffix("\"]")?))
-        }))
-        .collect()
-}
-
-/// The path `relative` from `directory` on, without `..`.
-fn resolve(directory: &str, relative: &str) -> String {
-    let mut parts: Vec<&str> = directory.split('/').collect();
-    for part in relative.split('/') {
-        match part {
-            ".." => drop(parts.pop()),
-            _ => parts.push(part),
+            ]);
         }
     }
-    parts.join("/")
+    files
+}
+
+/// The file that the `#[path = "…"]` at the end of `text` names.
+fn path_attribute(text: &str) -> Option<&str> {
+    let (before, path) = text.trim_end().strip_suffix("\"]")?.rsplit_once('"')?;
+    before.ends_with("#[path = ").then_some(path)
 }
 
 fn check_marks(tree: &mut Tree) -> Result<()> {
@@ -197,15 +187,15 @@ mod tests {
             ])
             .is_empty()
         );
+        let elsewhere = (
+            "crates/a/src/one.rs",
+            "#[path = \"../two/three.rs\"]\nmod two;",
+        );
+        assert!(findings(&[root, elsewhere, ("crates/a/two/three.rs", "")]).is_empty());
         assert_eq!(
             findings(&[root, ("crates/a/src/two.rs", "")]),
             ["crates/a/src/two.rs: is no module of any crate"]
         );
-        let named = (
-            "crates/a/src/lib.rs",
-            "#[path = \"../shared/one.rs\"]\nmod one;",
-        );
-        assert!(findings(&[named, ("crates/a/shared/one.rs", "")]).is_empty());
     }
 
     #[test]
