@@ -8,7 +8,7 @@ use std::process;
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
-use mica_machine::{boot, legacy, pci, virtio};
+use mica_machine::{boot, legacy, pci, virtio, vmm};
 
 type Target = fn(&[u8]);
 
@@ -29,6 +29,7 @@ const TARGETS: &[(&str, Target)] = &[
         virtio::vhost_user::fuzz_vhost_user_backend,
     ),
     ("vhost-user-net-control", virtio::vhost_user::fuzz::fuzz_vhost_user_net_control),
+    ("control", vmm::control::fuzz_control),
     ("block-requests", mica_storage::fuzz::fuzz_block_requests),
 ];
 

@@ -14,10 +14,6 @@ const ALLOWED: &[(&str, &str)] = &[
         "KVM's ioctls take guest memory and descriptors by number",
     ),
     (
-        "crates/machine/src/vmm/jail",
-        "the process gives up its rights by raw system calls",
-    ),
-    (
         "crates/storage/src/uring",
         "the kernel writes into buffers behind the borrow checker",
     ),
