@@ -124,3 +124,49 @@ impl Device {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost_user::simulate::disk;
+
+    fn device() -> Device {
+        Device::new(disk(), ExportOptions::default())
+    }
+
+    #[test]
+    fn a_device_is_write_through_unless_the_driver_can_flush() {
+        const FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
+        const WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
+        let device = device();
+        for (acked, writeback, write_through) in [
+            (0, true, true),
+            (FLUSH, true, false),
+            (FLUSH | WCE, true, false),
+            (FLUSH | WCE, false, true),
+            (FLUSH, false, false),
+        ] {
+            device.writeback.store(writeback, Ordering::SeqCst);
+            assert_eq!(
+                device.write_through(acked),
+                write_through,
+                "{acked:#x} {writeback}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_configuration_space_is_the_specified_one() {
+        let config = device().config();
+        let at = |offset: usize| u32::from_le_bytes(config[offset..offset + 4].try_into().unwrap());
+        assert_eq!(at(0), 64); // capacity in sectors
+        assert_eq!(at(12), 126); // seg_max
+        assert_eq!(at(20), 512); // blk_size
+        assert_eq!(config[24..28], [3, 0, 8, 0]); // 4 KiB in blocks: exponent, offset, min_io_size
+        assert_eq!(config[32], 1); // writeback
+        assert_eq!(config[34..36], [16, 0]); // num_queues
+        assert_eq!([at(36), at(40), at(44)], [1 << 22, 32, 8]); // discard
+        assert_eq!([at(48), at(52)], [1 << 22, 32]); // write zeroes
+        assert_eq!(config[56], 1); // write_zeroes_may_unmap
+    }
+}

@@ -28,7 +28,7 @@ const USED: u64 = 0x3000;
 const CAPACITY: u64 = 0x8000;
 
 /// A small disk in memory, the same for all runs: what it holds does not matter.
-fn disk() -> Arc<FileStore> {
+pub(crate) fn disk() -> Arc<FileStore> {
     static DISK: OnceLock<(File, Arc<FileStore>)> = OnceLock::new();
     let make = || {
         let file = File::from(memfd_create("fuzz-disk", MemfdFlags::CLOEXEC).ok()?);

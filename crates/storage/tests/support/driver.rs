@@ -358,7 +358,7 @@ impl Queue {
         self.base + 0x2000
     }
 
-    fn header(&self, slot: u16) -> u64 {
+    pub(crate) fn header(&self, slot: u16) -> u64 {
         self.base + 0x4000 + 32 * u64::from(slot)
     }
 
@@ -367,7 +367,7 @@ impl Queue {
     }
 
     /// On an odd address for some slots, as a driver may well have it.
-    fn data(&self, slot: u16) -> u64 {
+    pub(crate) fn data(&self, slot: u16) -> u64 {
         self.base + 0x1_0000 + (DATA as u64 + 512) * u64::from(slot) + u64::from(slot % 3)
     }
 }
