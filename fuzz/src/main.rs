@@ -26,7 +26,11 @@ const TARGETS: &[(&str, Target)] = &[
     ("vsock", virtio::vsock::fuzz::fuzz_vsock),
     (
         "vhost-user-backend",
-        virtio::vhost_user::fuzz_vhost_user_backend,
+        virtio::vhost_user::fuzz::fuzz_vhost_user_backend,
+    ),
+    (
+        "net-control",
+        virtio::vhost_user::fuzz::fuzz_vhost_user_net_control,
     ),
     ("vhost-user-net-control", virtio::vhost_user::fuzz::fuzz_vhost_user_net_control),
     ("control", vmm::control::fuzz_control),

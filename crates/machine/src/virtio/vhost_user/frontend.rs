@@ -359,7 +359,14 @@ impl Frontend {
             return impossible("the configuration has another length");
         }
         let suspended = saved.suspended.as_ref().map(Suspended::try_from);
-        self.suspended = suspended.transpose()?;
+        let suspended = suspended.transpose()?;
+        let region = suspended
+            .as_ref()
+            .is_some_and(|rings| rings.inflight.is_some());
+        if region && self.is_connected() && !self.has(Protocol::INFLIGHT_SHMFD) {
+            return impossible("this backend does not take over requests in flight");
+        }
+        self.suspended = suspended;
         self.active = None;
         self.offered = saved.offered;
         self.running = false;

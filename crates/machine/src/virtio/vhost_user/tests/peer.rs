@@ -119,6 +119,15 @@ fn requests_in_flight_survive_in_the_saved_state() {
     block.resume().unwrap();
     assert_eq!(setup.driver.rings[0].wait(8).len(), 8);
     assert_eq!(peer.seen().sectors, [0, 2, 4, 6, 8, 10, 12, 14]);
+
+    let mut traits = Traits::block();
+    traits.protocol -= Protocol::INFLIGHT_SHMFD;
+    let (_peer, stream) = Peer::start(traits);
+    let (source, _requests) = requests();
+    let mut block = Block::new(options(), stream, source).unwrap();
+    let before = block.save();
+    assert!(block.restore(&saved).is_err());
+    assert_eq!(block.save(), before);
 }
 
 #[test]
