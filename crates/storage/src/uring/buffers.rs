@@ -82,6 +82,11 @@ impl Buffers {
         self.pieces.push(piece);
     }
 
+    /// How many pieces there are.
+    pub(crate) fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// Zeroed memory of its own, page-aligned.
     ///
     /// # Errors

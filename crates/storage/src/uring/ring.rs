@@ -11,6 +11,9 @@ use crate::store::{Completion, Job, Request, Step, StoreQueue, Target, refuse};
 /// How many jobs of one queue may hold a bounce buffer.
 const BOUNCES_MAX: usize = 8;
 
+/// How often a submission is tried again while the kernel has no memory for it.
+const RETRIES_MAX: u32 = 10_000;
+
 /// One io_uring and the jobs it has.
 pub(crate) struct Ring {
     ring: IoUring,
@@ -116,15 +119,21 @@ impl Ring {
     }
 
     fn enter(&mut self, wait: usize) -> io::Result<()> {
+        let mut patience = RETRIES_MAX;
         loop {
-            match self.ring.submit_and_wait(wait) {
-                Ok(_) => return Ok(()),
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EINTR) => {}
-                    // The kernel wants completions reaped first; the caller does that next.
-                    Some(libc::EAGAIN | libc::EBUSY) => return Ok(()),
-                    _ => return Err(error),
-                },
+            let Err(error) = self.ring.submit_and_wait(wait) else {
+                return Ok(());
+            };
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // The kernel wants completions reaped first; the caller does that next.
+                Some(libc::EBUSY) => return Ok(()),
+                // It is short of memory.
+                Some(libc::EAGAIN) if patience > 0 => {
+                    patience -= 1;
+                    std::thread::yield_now();
+                }
+                _ => return Err(error),
             }
         }
     }

@@ -21,6 +21,7 @@ use vm_memory::{
 };
 
 use crate::store::Buffers;
+use crate::uring::PIECES_MAX;
 
 /// All of a guest's RAM that the frontend has shared.
 pub(crate) type Memory = GuestMemoryMmap<PageLog>;
@@ -189,7 +190,8 @@ pub(crate) struct Span {
     pub(crate) len: u32,
 }
 
-/// The spans' memory as buffers. `None` if any of it is not guest memory.
+/// The spans' memory as buffers. `None` if any of it is not guest memory, or if the regions' borders cut it
+/// into more pieces than a chain of the longest kind has descriptors.
 pub(crate) fn buffers(memory: &Arc<Memory>, spans: &[Span]) -> Option<Buffers> {
     let mut buffers = Buffers::new(memory.clone());
     for span in spans {
@@ -197,6 +199,9 @@ pub(crate) fn buffers(memory: &Arc<Memory>, spans: &[Span]) -> Option<Buffers> {
             // SAFETY: the slice is part of a shared, readable and writable mapping of a region that
             // `memory` holds, and the buffers own a reference to `memory`.
             unsafe { buffers.push(&slice.ok()?) };
+            if buffers.pieces() > PIECES_MAX {
+                return None;
+            }
         }
     }
     Some(buffers)
