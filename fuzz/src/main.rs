@@ -32,7 +32,6 @@ const TARGETS: &[(&str, Target)] = &[
         "net-control",
         virtio::vhost_user::fuzz::fuzz_vhost_user_net_control,
     ),
-    ("vhost-user-net-control", virtio::vhost_user::fuzz::fuzz_vhost_user_net_control),
     ("control", vmm::control::fuzz_control),
     ("block-requests", mica_storage::fuzz::fuzz_block_requests),
 ];
