@@ -39,7 +39,9 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::transport::{SharedVirtioDevice, TransportError, VirtioPci};
-use crate::virtio::vhost_user::{BackendError, BackendSource, Block, BlockOptions};
+use crate::virtio::vhost_user::{
+    BackendError, BackendSource, Block, BlockOptions, Net, NetOptions,
+};
 use crate::virtio::vsock::Vsock;
 
 /// Fixed slots of the devices that a machine has at most one of.
@@ -100,6 +102,7 @@ pub(super) struct Handles {
 #[derive(Clone)]
 pub(super) enum BackendDevice {
     Block(Arc<Mutex<Block>>),
+    Net(Arc<Mutex<Net>>),
 }
 
 /// The machine while it is being put together.
@@ -281,8 +284,22 @@ impl Assembler {
             let block = BackendDevice::Block(self.plug(next_slot(), block)?);
             handles.backends.insert(disk.name.clone(), block);
         }
-        if !config.networks.is_empty() {
-            return Err(io::Error::other("network interfaces are not wired yet").into());
+        for network in &config.networks {
+            let stream = UnixStream::from(fds.take(network.backend)?);
+            let options = NetOptions {
+                name: network.name.clone(),
+                mac: network.mac,
+                mtu: None,
+                max_queue_pairs: self.vcpus as u16,
+            };
+            let net = Net::new(options, stream, self.backend_source()).map_err(|source| {
+                AssembleError::Backend {
+                    device: network.name.clone(),
+                    source,
+                }
+            })?;
+            let net = BackendDevice::Net(self.plug(next_slot(), net)?);
+            handles.backends.insert(network.name.clone(), net);
         }
         Ok(())
     }

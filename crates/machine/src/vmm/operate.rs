@@ -200,6 +200,11 @@ impl Operator {
                 block.reconnect(stream);
                 block.is_connected()
             }
+            Some(BackendDevice::Net(net)) => {
+                let mut net = lock(net);
+                net.reconnect(stream);
+                net.is_connected()
+            }
         };
         if connected {
             self.lost.retain(|lost| *lost != name);
