@@ -127,14 +127,17 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_fstat,
     libc::SYS_statx, // std asks an open file for its length with it; Landlock keeps paths closed
     libc::SYS_close,
-    libc::SYS_fallocate, // gives pages of guest memory back
-    libc::SYS_ftruncate, // a vhost-user in-flight region gets its size
+    libc::SYS_dup,          // an eventfd, handed to a vhost-user backend
+    libc::SYS_fallocate,    // gives pages of guest memory back
+    libc::SYS_memfd_create, // a vhost-user in-flight region that is restored…
+    libc::SYS_ftruncate,    // …gets its size
     // Sockets that came over the channel.
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_recvfrom,
     libc::SYS_accept4,
+    libc::SYS_socketpair, // a vhost-user backend's way to call back
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
@@ -204,6 +207,7 @@ fn rules(ioctls: &[u64]) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler:
         libc::F_DUPFD_CLOEXEC,
         libc::F_GETFD,
         libc::F_ADD_SEALS,
+        libc::F_GET_SEALS,
     ];
     rules.insert(
         libc::SYS_fcntl,

@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -129,8 +130,14 @@ impl Supervisor {
         self.console.forward_rest();
         let status = self.child.wait()?;
         outcome.unwrap_or_else(|| {
+            let hint = match status.signal() {
+                Some(signal_hook::consts::SIGSYS) => {
+                    ": it used a system call that its jail forbids; please report this"
+                }
+                _ => "",
+            };
             Err(io::Error::other(format!(
-                "the VM process of '{}' ended without a word ({status})",
+                "the VM process of '{}' ended without a word ({status}){hint}",
                 self.name
             )))
         })
