@@ -45,6 +45,23 @@ const MODULES: [&str; 4] = ["kvm-amd", "virtio_pci", "virtio_console", "virtio_b
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 \
      no_timer_check random.trust_cpu=on tsc=reliable";
 
+/// [`COMMAND_LINE`], and how fast the emulated time-stamp counter runs: as fast as the host's. On a
+/// busy host the lab's kernel would measure it wrong and have a clock several times too fast.
+fn command_line() -> String {
+    let tsc_khz = std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("bogomips"))?;
+            // Linux derives this figure from the counter's frequency: two for each cycle.
+            let bogomips: f64 = line.split_once(':')?.1.trim().parse().ok()?;
+            Some((bogomips * 500.0) as u64)
+        });
+    match tsc_khz {
+        Some(khz) => format!("{COMMAND_LINE} tsc_early_khz={khz}"),
+        None => COMMAND_LINE.to_owned(),
+    }
+}
+
 /// A lab to be started.
 #[derive(Clone, Debug)]
 pub struct Lab {
@@ -170,7 +187,7 @@ impl Lab {
             .arg(kernel.image())
             .arg("-initrd")
             .arg(&initramfs)
-            .args(["-append", COMMAND_LINE]);
+            .args(["-append", &command_line()]);
         let channels = [
             Channel::Output,
             Channel::Error,
