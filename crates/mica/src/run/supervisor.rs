@@ -255,7 +255,10 @@ impl Supervisor {
                 }
             }
             FromVm::NeedBackend { device } => waiting.push((device, Instant::now())),
-            FromVm::Failed { error } => return Some(Some(Err(io::Error::other(error)))),
+            FromVm::Failed { error } => {
+                let error = io::Error::other(format!("{}: {error}", self.name));
+                return Some(Some(Err(error)));
+            }
         }
         None
     }
