@@ -139,7 +139,7 @@ pub fn load(memory: &GuestMemory, request: LoadRequest) -> Result<Entry, BootErr
     let (file, setup) = open(request.kernel)?;
     let kernel = elf::Kernel::parse(&file)?;
     let pvh = kernel.pvh_entry;
-    check_ram(&kernel, request.ram)?;
+    check_ram(&kernel, request.initrd.as_ref(), request.ram)?;
     check_command_line(&request.command_line, setup.as_ref())?;
     let initrd = match &request.initrd {
         Some(initrd) => {
@@ -212,15 +212,17 @@ fn unpack(file: &BootFile) -> Result<Option<(Vec<u8>, SetupHeader)>, BootError> 
     Ok(Some((kernel, setup)))
 }
 
-fn check_ram(kernel: &elf::Kernel, ram: u64) -> Result<(), BootError> {
+fn check_ram(kernel: &elf::Kernel, initrd: Option<&BootFile>, ram: u64) -> Result<(), BootError> {
     if kernel.end <= ram {
         return Ok(());
     }
+    // One answer for both, rather than another one at the next attempt.
+    let initrd_len = initrd.and_then(|initrd| initrd.size().ok()).unwrap_or(0);
     Err(BootError::DoesNotFit {
         what: "kernel",
         need: kernel.end - LOADABLE.start,
         place: format!("up to {:#x}", kernel.end),
-        ram: whole_mib(kernel.end),
+        ram: ram_for(kernel.end, initrd_len.min(MAX_INITRD)),
     })
 }
 
@@ -273,13 +275,15 @@ fn place_initrd(
             what,
             need: len,
             place: format!("above the kernel's end at {kernel_end:#x}"),
-            ram: whole_mib(floor + len.next_multiple_of(PAGE_SIZE)),
+            ram: ram_for(kernel_end, len),
         }),
     }
 }
 
-fn whole_mib(bytes: u64) -> u64 {
-    bytes.next_multiple_of(1 << 20)
+/// The RAM for a kernel up to `kernel_end` and an initrd, a whole number of MiB.
+fn ram_for(kernel_end: u64, initrd_len: u64) -> u64 {
+    (kernel_end.next_multiple_of(PAGE_SIZE) + initrd_len.next_multiple_of(PAGE_SIZE))
+        .next_multiple_of(1 << 20)
 }
 
 fn enter_pvh(memory: &GuestMemory, rip: u32, placed: &Placed) -> Result<Entry, BootError> {

@@ -79,7 +79,7 @@ pub enum BootError {
     #[error("the command line contains a NUL byte")]
     CommandLineNul,
     /// Something does not fit the guest's RAM.
-    #[error("the {what} needs {need} of guest memory {place}; the guest needs at least {ram} of RAM", need = Bytes(*.need), ram = Bytes(*.ram))]
+    #[error("the {what} needs {need} of guest memory {place}; the guest needs at least {ram} of RAM", need = Bytes(.need.next_multiple_of(1024)), ram = Bytes(*.ram))]
     DoesNotFit {
         /// What does not fit.
         what: &'static str,

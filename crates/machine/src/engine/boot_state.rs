@@ -49,6 +49,15 @@ fn flat(selector: u16, attributes: u32) -> Segment {
 }
 
 impl VcpuState {
+    /// Sets what firmware sets on every processor alike before a kernel starts on the first. Kernels
+    /// complain of processors that differ.
+    pub fn set_up_as_firmware(&mut self) {
+        if let Some(value) = self.msr(MSR_MISC_ENABLE) {
+            self.set_msr(MSR_MISC_ENABLE, value | MISC_ENABLE_FAST_STRINGS);
+        }
+        self.set_msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK);
+    }
+
     /// Enters the kernel that [`crate::boot`] has loaded.
     pub fn enter(&mut self, entry: &Entry) {
         match *entry {
@@ -126,10 +135,6 @@ impl VcpuState {
             limit: 0x67,
             attributes: BUSY_TSS | 1 << 7,
         };
-        if let Some(value) = self.msr(MSR_MISC_ENABLE) {
-            self.set_msr(MSR_MISC_ENABLE, value | MISC_ENABLE_FAST_STRINGS);
-        }
-        self.set_msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK);
     }
 
     fn set_data_segments(&mut self, segment: Segment) {

@@ -128,11 +128,13 @@ impl Machine {
         };
         let entry = boot::load(&self.memory, request)?;
         self.vcpus.for_each(|index, vcpu| {
-            if index > 0 {
-                return Ok(());
-            }
             let mut state = vcpu.save()?;
-            state.enter(&entry);
+            state.set_up_as_firmware();
+            if index == 0 {
+                state.enter(&entry);
+            }
+            // All of them, the first one first: a restored counter of time is one that the others
+            // are synchronized with, and a guest trusts its clock only if all are.
             vcpu.restore(&state)
         })?;
         let protocol = match entry {
