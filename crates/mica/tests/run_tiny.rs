@@ -182,7 +182,7 @@ fn refuses_with_a_reason(host: &mut Host) {
         ),
         ("tiny --name ../up", "'../up' is no name for a VM"),
         ("tiny --huge-pages 1G -m 1G", "reserve them with"),
-        ("tiny -m 24M", "the guest needs at least 62M of RAM"),
+        ("tiny -m 24M", "the guest needs at least 66M of RAM"),
     ] {
         let (status, output) = host.run(&format!("mica run {arguments}"));
         assert_eq!(status, 1, "{arguments}: {output}");
