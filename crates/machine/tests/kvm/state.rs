@@ -1,15 +1,11 @@
 //! The state of a micro-guest goes out and comes back bit for bit, and the guest goes on with it.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may, as tests do
-
-mod micro;
-
 use mica_machine::engine::state::{ClockState, PlatformState, RunState, VcpuState};
 use mica_machine::engine::{Engine, Exit};
 use mica_machine::layout;
 use vm_memory::{Bytes as _, GuestAddress};
 
-use micro::*;
+use crate::micro::*;
 
 /// Memory that the code uses.
 const SCRATCH: u64 = 0x2000;

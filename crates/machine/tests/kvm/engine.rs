@@ -1,9 +1,5 @@
 //! The KVM engine on a real KVM interface: what a guest does comes out, what happens outside goes in.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may, as tests do
-
-mod micro;
-
 use std::sync::Arc;
 use std::sync::mpsc;
 
@@ -13,7 +9,7 @@ use mica_machine::memory::dirty::{DirtyPages, DirtySource, DirtyTracker};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use micro::*;
+use crate::micro::*;
 
 /// Runs `code` to its report and checks what came out.
 fn check(code: &[u8], expected: &[Access]) {

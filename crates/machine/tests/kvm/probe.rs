@@ -1,7 +1,5 @@
 //! The probe's verdict on this host.
 
-#![allow(clippy::unwrap_used)] // helpers of tests may, as tests do
-
 use mica_machine::kvm;
 
 /// Whether the processor itself has hardware virtualization, as opposed to a `/dev/kvm` that does

@@ -1,6 +1,6 @@
 //! Micro-guests: a few hand-assembled instructions in 32-bit protected mode, as PVH enters it.
 
-#![allow(dead_code, unreachable_pub)] // each test binary is a crate of its own and uses its part
+#![allow(unreachable_pub)] // shared by the modules of one test program
 
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
@@ -141,10 +141,6 @@ impl Guest {
             "{report:?}"
         );
         accesses
-    }
-
-    pub fn byte(&self, address: u64) -> u8 {
-        self.memory.read_obj(GuestAddress(address)).unwrap()
     }
 }
 
