@@ -5,8 +5,16 @@
 #[path = "support/lab.rs"]
 mod lab;
 
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Instant;
+
 use lab::{BOOT, Host, STEP};
-use serde_json::Value;
+use serde_json::{Value, json};
+
+/// Names the control socket to the copy of this program in the lab; unset elsewhere.
+const SOCKET: &str = "MICA_TEST_SOCKET";
 
 /// Starts the tiny guest in the background. What is written to descriptor 9 is typed at its prompt.
 fn start(host: &mut Host) {
@@ -181,12 +189,120 @@ fn stops(host: &mut Host) {
     assert_eq!(host.shell("mica vm list").lines().count(), 1);
 }
 
+/// A connection that says whatever it likes.
+struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    fn connect(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(STEP)).unwrap();
+        stream.set_write_timeout(Some(STEP)).unwrap();
+        Self {
+            stream: BufReader::new(stream),
+        }
+    }
+
+    /// The next line; `None` at the end.
+    fn line(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        let read = match self.stream.read_line(&mut line) {
+            // Closed with something of ours unread.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => 0,
+            read => read.unwrap(),
+        };
+        (read > 0).then(|| serde_json::from_str(&line).unwrap())
+    }
+
+    fn greeted(path: &Path) -> Self {
+        let mut client = Self::connect(path);
+        let greeting = client.line().unwrap();
+        assert_eq!(greeting, json!({"mica-control": 1, "name": "tiny"}));
+        client
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.get_mut().write_all(bytes)
+    }
+}
+
+/// The client's side in the lab; a test that does nothing where there is no socket.
+#[test]
+fn clients_do_what_they_should_not() {
+    let Some(path) = std::env::var_os(SOCKET) else {
+        return;
+    };
+    let path = Path::new(&path);
+    wrong_requests_are_answered(path);
+    too_many_and_too_much_is_cut_off(path);
+}
+
+fn wrong_requests_are_answered(path: &Path) {
+    let mut client = Client::greeted(path);
+    for (line, id) in [
+        (&b"{\"id\":7,\"do\":\"fly\"}"[..], json!(7)),
+        (b"{\"id\":8}", json!(8)),
+        (b"{\"id\":9,\"do\":\"balloon\"}", json!(9)),
+        (b"{\"id\":10,\"do\":\"balloon\",\"target\":-1}", json!(10)),
+        (b"{\"id\":-1,\"do\":\"state\"}", Value::Null),
+        (b"", Value::Null),
+        (b"[[[[[[", Value::Null),
+        (b"\xff\xfe\x00", Value::Null),
+    ] {
+        client.send(&[line, b"\n"].concat()).unwrap();
+        let answer = client.line().unwrap();
+        assert_eq!(answer["id"], id, "{answer}");
+        assert_eq!(answer["error"]["code"], "bad-request", "{answer}");
+    }
+    // Several at once are answered in order, and what is not known is no matter.
+    client
+        .send(b"{\"id\":1,\"do\":\"state\",\"new\":{}}\n{\"id\":2,\"do\":\"counters\"}\n")
+        .unwrap();
+    assert_eq!(client.line().unwrap()["ok"]["state"], "running");
+    let counters = client.line().unwrap();
+    assert_eq!(counters["id"], 2);
+    assert!(counters["ok"]["counters"].is_object(), "{counters}");
+}
+
+fn too_many_and_too_much_is_cut_off(path: &Path) {
+    let mut client = Client::greeted(path);
+    // The process may hang up before it has taken everything.
+    let _ = client.send(&[b' '; 70_000]);
+    assert_eq!(client.line().unwrap()["error"]["code"], "too-long");
+    assert_eq!(client.line(), None);
+
+    let mut clients: Vec<Client> = (0..16).map(|_| Client::greeted(path)).collect();
+    assert_eq!(Client::connect(path).line(), None, "a client too many");
+    // One that asks and never listens is thrown out, and nobody else has to wait for it.
+    let deaf = clients.last_mut().unwrap();
+    let deadline = Instant::now() + STEP;
+    while deaf.send(b"{\"do\":\"counters\"}\n").is_ok() {
+        assert!(Instant::now() < deadline, "a deaf client is kept");
+    }
+    let heard = &mut clients[0];
+    heard.send(b"{\"do\":\"state\"}\n").unwrap();
+    assert_eq!(heard.line().unwrap()["ok"]["state"], "running");
+    let mut unread = Vec::new();
+    let _ = clients.pop().unwrap().stream.read_to_end(&mut unread);
+    Client::greeted(path);
+}
+
+fn bears_its_clients(host: &mut Host) {
+    let output = host.shell(&format!(
+        "{SOCKET}=/run/mica/tiny.sock clients --exact clients_do_what_they_should_not"
+    ));
+    assert!(output.contains("1 passed"), "{output}");
+}
+
 #[test]
 fn a_running_guest_obeys_mica_vm() {
-    let mut host = Host::start(|lab| lab);
+    let this = std::env::current_exe().unwrap();
+    let mut host = Host::start(|lab| lab.file(this, "/usr/bin/clients"));
     start(&mut host);
     for part in [
         shows_its_state,
+        bears_its_clients,
         is_jailed,
         has_a_balloon,
         pauses_and_resumes,
