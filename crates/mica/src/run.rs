@@ -6,6 +6,7 @@
 mod backend;
 mod console;
 mod engine;
+mod ephemeral;
 mod options;
 mod report;
 mod source;

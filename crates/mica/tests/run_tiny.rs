@@ -6,6 +6,9 @@
 #[path = "support/lab.rs"]
 mod lab;
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use lab::{BOOT, Host, PROMPT, STEP};
 use serde_json::Value;
 
@@ -145,6 +148,42 @@ fn serves_disks(host: &mut Host) {
     assert_eq!(heads, "new a\ndisk 1\nnew c\n");
 }
 
+/// A disk's own boot entry is booted, here with a copy of the disk that is thrown away.
+fn boots_a_disk_and_forgets_what_it_wrote(host: &mut Host) {
+    let before = host.shell("md5sum /dev/vdb");
+    let write =
+        "echo changed | dd of=/dev/vda bs=4k seek=1 conv=fsync && head -c 8 /dev/vda | wc -c";
+    let run = run_inside("--no-reboot", write).replace("run tiny", "run /dev/vdb --ephemeral");
+    let (status, output) = host.run(&run);
+    assert_eq!(status, 0, "{output}");
+    assert!(output.contains("mica: exit 0"), "{output}");
+    assert_eq!(host.shell("md5sum /dev/vdb"), before);
+}
+
+/// An ext4 file system on a bare disk, with the tiny image's kernel and a boot entry for it.
+fn bootable_disk(directory: &Path) -> PathBuf {
+    let image = lab::image("tiny");
+    let root = directory.join("root");
+    std::fs::create_dir_all(root.join("loader/entries")).unwrap();
+    for name in ["kernel", "initrd"] {
+        std::fs::copy(image.join(name), root.join(name)).unwrap();
+    }
+    std::fs::write(
+        root.join("loader/entries/tiny.conf"),
+        "title Tiny\nlinux /kernel\ninitrd /initrd\noptions console=ttyS0 quiet panic=1\n",
+    )
+    .unwrap();
+    let disk = directory.join("disk");
+    let made = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .args([&root, &disk])
+        .arg("32M")
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    disk
+}
+
 /// What cannot be run is refused with a reason that names it.
 fn refuses_with_a_reason(host: &mut Host) {
     host.shell(
@@ -180,6 +219,7 @@ fn refuses_with_a_reason(host: &mut Host) {
             "tiny --disk vhost-user:/nowhere/socket",
             "no backend listens at /nowhere/socket",
         ),
+        ("tiny --ephemeral", "there is no disk to copy"),
         ("tiny --name ../up", "'../up' is no name for a VM"),
         ("tiny --huge-pages 1G -m 1G", "reserve them with"),
         ("tiny -m 24M", "the guest needs at least 66M of RAM"),
@@ -193,7 +233,9 @@ fn refuses_with_a_reason(host: &mut Host) {
 
 #[test]
 fn the_tiny_guest_on_kvm() {
-    let mut host = Host::start(|lab| lab);
+    let directory = tempfile::tempdir().unwrap();
+    let disk = bootable_disk(directory.path());
+    let mut host = Host::start(|lab| lab.disk(disk));
     for part in [
         lives_a_whole_life,
         obeys_the_escape_key,
@@ -201,6 +243,7 @@ fn the_tiny_guest_on_kvm() {
         shuts_down_on_a_signal,
         reports_events,
         serves_disks,
+        boots_a_disk_and_forgets_what_it_wrote,
         refuses_with_a_reason,
     ] {
         part(&mut host);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use mica_machine::vmm::channel::Attachments;
 use mica_machine::vmm::config::BootConfig;
 
+use super::ephemeral::EphemeralDisk;
 use super::options::Options;
 use crate::image::{self, Image, Role, StoreError};
 
@@ -20,7 +21,12 @@ pub(crate) enum Source {
         cmdline: String,
     },
     /// A disk that holds its own kernel; it is the VM's first disk too.
-    Disk { name: String, disk: PathBuf },
+    Disk {
+        name: String,
+        disk: PathBuf,
+        /// What `disk` is the path of, where it is a copy.
+        copy: Option<EphemeralDisk>,
+    },
 }
 
 impl Source {
@@ -28,8 +34,23 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// There is neither an image nor a file of that name.
+    /// There is neither an image nor a file of that name, or its disk cannot be copied.
     pub(crate) fn resolve(options: &Options) -> Result<Self, Box<dyn Error>> {
+        let mut source = Self::find(options)?;
+        if options.ephemeral {
+            match &mut source {
+                Self::Disk { disk, copy, .. } => {
+                    let made = EphemeralDisk::of(disk)?;
+                    *disk = made.path();
+                    *copy = Some(made);
+                }
+                Self::Kernel { .. } => return Err("--ephemeral: there is no disk to copy".into()),
+            }
+        }
+        Ok(source)
+    }
+
+    fn find(options: &Options) -> Result<Self, Box<dyn Error>> {
         if let Some(kernel) = &options.kernel {
             if options.image.is_some() {
                 return Err("give an image or --kernel, not both".into());
@@ -63,13 +84,18 @@ impl Source {
         Ok(Self::Disk {
             name: name_of(path),
             disk: path.to_owned(),
+            copy: None,
         })
     }
 
     fn from_image(name: &str, image: &Image) -> Result<Self, Box<dyn Error>> {
         let name = name.to_owned();
         if let Some(disk) = image.file(Role::Disk) {
-            return Ok(Self::Disk { name, disk });
+            return Ok(Self::Disk {
+                name,
+                disk,
+                copy: None,
+            });
         }
         // Unpacked once when the image was built, rather than at each start.
         let kernel = image
