@@ -30,7 +30,9 @@ pub const LEAST_MIPS: u64 = 20;
 /// Beyond this speed there is nothing more to learn.
 const PLENTY_MIPS: u64 = 10 * LEAST_MIPS;
 /// How long a host is given to show [`PLENTY_MIPS`].
-const TIME_LIMIT: Duration = Duration::from_millis(40);
+const TIME_LIMIT: Duration = Duration::from_millis(25);
+/// And how often, at the least: on a busy host most measurements are disturbed.
+const LEAST_ROUNDS: u32 = 8;
 /// The shortest measurement that counts: below it, entering and leaving the guest dominates.
 const LEAST_MEASURED: Duration = Duration::from_micros(100);
 /// Iterations of the loop in the first measurement, and by how much the next is longer.
@@ -218,7 +220,9 @@ fn measure(guest: &mut ProbeGuest) -> Result<u64, ProbeError> {
     let start = Instant::now();
     let mut best = 0;
     let mut iterations = FIRST_ITERATIONS;
-    while start.elapsed() < TIME_LIMIT {
+    let mut rounds = 0;
+    while rounds < LEAST_ROUNDS || start.elapsed() < TIME_LIMIT {
+        rounds += 1;
         let begin = Instant::now();
         let instructions = guest.run_loop(iterations)?;
         let elapsed = begin.elapsed();
