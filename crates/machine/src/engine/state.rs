@@ -5,6 +5,7 @@
 //! clock), so that every engine can fill them and take them. They are stored as CBOR with numbered
 //! fields, specified in `docs/formats/machine-state.md`.
 
+pub mod fuzz;
 mod platform;
 mod vcpu;
 
@@ -19,3 +20,6 @@ pub use vcpu::{
 
 /// The version of [`VcpuState`] and [`PlatformState`] in a [`crate::device::SavedState`].
 pub const STATE_VERSION: u16 = 1;
+
+#[cfg(test)]
+mod tests;

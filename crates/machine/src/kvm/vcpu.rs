@@ -1,7 +1,7 @@
 //! A vCPU: the run loop, and what its exits mean.
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MMIO,
@@ -25,6 +25,9 @@ pub(super) struct VcpuContext {
     pub(super) unknown_msrs: UnknownMsrs,
     /// What `KVM_GET_MSR_INDEX_LIST` gives.
     pub(super) listed_msrs: Vec<u32>,
+    /// The MSRs of a state, in the order in which they are restored: the same for all vCPUs, so the
+    /// first finds them.
+    state_msrs: OnceLock<Vec<u32>>,
     /// The size of the XSAVE area in bytes.
     pub(super) xsave_len: usize,
     run_pages_len: usize,
@@ -41,6 +44,7 @@ impl VcpuContext {
         Ok(Self {
             unknown_msrs: UnknownMsrs::default(),
             listed_msrs,
+            state_msrs: OnceLock::new(),
             xsave_len: xsave2.max(size_of::<kvm_bindings::kvm_xsave>()),
             run_pages_len: vm.fd.run_size(),
             vm,
@@ -55,8 +59,6 @@ pub(super) struct KvmVcpu {
     page: RunPage,
     kick: Arc<KickHandle>,
     pub(super) context: Arc<VcpuContext>,
-    /// The MSRs of its state, in the order in which they are restored.
-    pub(super) msrs: Vec<u32>,
     /// What [`Vcpu::reset`] goes back to.
     power_on: Option<Box<VcpuState>>,
     /// The thread that runs it, once one does.
@@ -87,13 +89,23 @@ impl KvmVcpu {
             page,
             kick: Arc::new(KickHandle::new(page)),
             context,
-            msrs: Vec::new(),
             power_on: None,
             thread: None,
         };
-        vcpu.msrs = vcpu.readable_msrs()?;
+        if vcpu.context.state_msrs.get().is_none() {
+            let found = vcpu.readable_msrs()?;
+            vcpu.context.state_msrs.get_or_init(|| found);
+        }
         vcpu.power_on = Some(Box::new(vcpu_state::save(&vcpu)?));
         Ok(vcpu)
+    }
+
+    /// The MSRs of its state.
+    pub(super) fn state_msrs(&self) -> &[u32] {
+        self.context
+            .state_msrs
+            .get()
+            .expect("invariant: a vCPU's creation has filled it")
     }
 
     /// An error of this vCPU.

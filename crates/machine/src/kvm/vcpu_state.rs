@@ -39,7 +39,7 @@ pub(super) fn save(vcpu: &KvmVcpu) -> Result<VcpuState, EngineError> {
     let debug = fd.get_debug_regs().map_err(error("KVM_GET_DEBUGREGS"))?;
     let xcrs = fd.get_xcrs().map_err(error("KVM_GET_XCRS"))?;
     let lapic = fd.get_lapic().map_err(error("KVM_GET_LAPIC"))?;
-    let msrs = vcpu.get_msrs(&vcpu.msrs)?;
+    let msrs = vcpu.get_msrs(vcpu.state_msrs())?;
     let events = fd.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?;
     let tsc = vcpu.get_msrs(&[msr::TSC])?;
     Ok(VcpuState {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use mica_machine::cpu_profile::{CpuProfile, Register};
 use mica_machine::engine::{DoorbellAddress, Engine, Exit, InterruptSource};
 use mica_machine::layout;
 use mica_machine::memory::dirty::{DirtyPages, DirtySource, DirtyTracker};
@@ -348,4 +349,45 @@ fn what_the_guest_writes_is_in_the_dirty_log() {
     log.start().unwrap();
     log.drain(&mut dirty).unwrap();
     assert_eq!(dirty.count(), 0, "a new log begins empty");
+}
+
+/// What CPUID answers a guest of `profile` to leaf 1 is its table's entry.
+fn check_profile(profile: CpuProfile) {
+    let code = code![
+        mov_eax(1),
+        [0x0f, 0xa2, 0xe7, 0x80], // cpuid; out 0x80, eax
+        [0x89, 0xd8, 0xe7, 0x80], // mov eax, ebx; out 0x80, eax
+        [0x89, 0xc8, 0xe7, 0x80], // mov eax, ecx; out 0x80, eax
+        [0x89, 0xd0, 0xe7, 0x80], // mov eax, edx; out 0x80, eax
+        OUT_REPORT,
+    ];
+    let hardware = crate::probe::has_hardware_virtualization();
+    let mut guest = match Guest::with_profile(profile) {
+        None => return,
+        Some(Ok(guest)) => guest.start(&code),
+        Some(Err(error)) => {
+            assert!(error.to_string().contains("it lacks"), "{error}");
+            // Hardware with virtualization has level 2 at the least.
+            assert!(!hardware, "{error}");
+            return;
+        }
+    };
+    let table = guest.engine.cpuid().for_vcpu(0);
+    let word = |register| {
+        let word = table.register(1, 0, register);
+        Access::PortWrite(0x80, word.to_le_bytes().to_vec())
+    };
+    use Register::{Eax, Ebx, Ecx, Edx};
+    let seen = guest.run();
+    // A KVM that emulates may let CPUID through to the host's processor.
+    if hardware {
+        assert_eq!(seen, [Eax, Ebx, Ecx, Edx].map(word), "{profile}");
+    }
+}
+
+#[test]
+fn the_guest_sees_its_profile_s_processor() {
+    for profile in [CpuProfile::X86_64V2, CpuProfile::Host] {
+        check_profile(profile);
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use mica_base::units::Bytes;
 use mica_machine::cpu_profile::CpuProfile;
-use mica_machine::engine::{BusAccess, Engine, Exit, Kick, Vcpu};
+use mica_machine::engine::{BusAccess, Engine, EngineError, Exit, Kick, Vcpu};
 use mica_machine::kvm::{KvmConfig, KvmEngine};
 use mica_machine::memory::{self, GuestMemory, MemoryOptions};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -101,33 +101,48 @@ pub struct Guest {
 impl Guest {
     /// A guest that executes `code`; `None` without KVM.
     pub fn new(code: &[u8]) -> Option<Self> {
-        let mut guest = Self::empty()?;
+        Some(Self::empty()?.start(code))
+    }
+
+    /// Puts the vCPU at the start of `code`.
+    pub fn start(self, code: &[u8]) -> Self {
+        let mut guest = self;
         guest.memory.write_slice(code, GuestAddress(CODE)).unwrap();
         let mut state = guest.vcpu.save().unwrap();
         state.pvh_start(CODE, 0);
         state.general.rsp = STACK;
         guest.vcpu.restore(&state).unwrap();
-        Some(guest)
+        guest
     }
 
     /// A guest as after power-on.
     pub fn empty() -> Option<Self> {
+        // The one profile that every host gives.
+        Some(Self::with_profile(CpuProfile::Host)?.unwrap())
+    }
+
+    /// The same with a certain processor, if the host gives it.
+    pub fn with_profile(profile: CpuProfile) -> Option<Result<Self, EngineError>> {
+        let kvm = open_kvm()?;
         let memory = memory::allocate(Bytes::mib(2), &MemoryOptions::default()).unwrap();
         let config = KvmConfig {
             memory: memory.clone(),
             vcpus: 1,
-            profile: CpuProfile::Host,
+            profile,
         };
-        let engine = KvmEngine::new(open_kvm()?, config).unwrap();
+        let engine = match KvmEngine::new(kvm, config) {
+            Ok(engine) => engine,
+            Err(error) => return Some(Err(error)),
+        };
         let vcpu = engine.create_vcpu(0).unwrap();
         let bus = Arc::new(Recorder::default());
         *bus.kick.lock().unwrap() = Some(vcpu.kick_handle());
-        Some(Self {
+        Some(Ok(Self {
             vcpu,
             engine,
             memory,
             bus,
-        })
+        }))
     }
 
     /// Runs until the guest writes to the report port, and gives what it did until then, the report

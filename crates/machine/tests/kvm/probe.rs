@@ -1,10 +1,11 @@
 //! The probe's verdict on this host.
 
+use mica_machine::cpu_profile::CpuProfile;
 use mica_machine::kvm;
 
 /// Whether the processor itself has hardware virtualization, as opposed to a `/dev/kvm` that does
 /// without.
-fn has_hardware_virtualization() -> bool {
+pub(crate) fn has_hardware_virtualization() -> bool {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     let flags = text.lines().find(|line| line.starts_with("flags"));
     flags.is_some_and(|flags| {
@@ -28,6 +29,7 @@ fn a_host_with_hardware_virtualization_is_accepted_and_another_refused() {
     if has_hardware_virtualization() {
         let report = verdict.unwrap();
         assert!(report.mips >= kvm::LEAST_MIPS);
+        assert!(report.profiles.contains(&CpuProfile::X86_64V2));
         return;
     }
     let error = verdict.unwrap_err();
