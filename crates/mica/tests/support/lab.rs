@@ -20,11 +20,22 @@ pub(crate) const PROMPT: &str = "tiny# ";
 /// Around the exit status in the shell's output.
 const MARK: &str = "@@";
 
-/// Builds an image, once for all tests of all runs, and returns its directory.
-pub(crate) fn image(name: &str) -> PathBuf {
+/// Builds the tiny image, once for all tests of all runs, and returns its directory.
+pub(crate) fn tiny() -> PathBuf {
+    image("tiny", &["tiny"])
+}
+
+/// The same for Debian with a package that speaks vsock.
+pub(crate) fn debian() -> PathBuf {
+    let name = "debian-socat";
+    image(name, &["debian", "--name", name, "--with", "socat"])
+}
+
+fn image(name: &str, arguments: &[&str]) -> PathBuf {
     let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("home");
     let output = Command::new(env!("CARGO_BIN_EXE_mica"))
-        .args(["image", "build", name])
+        .args(["image", "build"])
+        .args(arguments)
         .env("MICA_HOME", &home)
         .output()
         .unwrap();
@@ -46,7 +57,7 @@ impl Host {
         let lab = Lab::new()
             .timeout(Duration::from_secs(900))
             .file(env!("CARGO_BIN_EXE_mica"), "/usr/bin/mica")
-            .file(image("tiny"), "/home/images/tiny");
+            .file(tiny(), "/home/images/tiny");
         let session = more(lab)
             .start("export MICA_HOME=/home; cd /tmp; exec sh")
             .unwrap();
