@@ -189,6 +189,34 @@ fn stops(host: &mut Host) {
     assert_eq!(host.shell("mica vm list").lines().count(), 1);
 }
 
+/// Supervisor and VM process do not outlive each other, whatever ends one of them.
+fn dies_as_one(host: &mut Host) {
+    let start = "mica run tiny </dev/null >console 2>events & mica=$!";
+    let pid = "sed -n 's/^process *//p' state";
+    host.begin(start);
+    host.status(STEP);
+    host.until("mica vm state tiny >state 2>&1");
+    host.begin(&format!("kill -9 $({pid}); wait $mica"));
+    let status = host.status(STEP).0;
+    let events = host.shell("cat events");
+    assert_eq!(status, 1, "{events}");
+    assert!(
+        events.contains("of 'tiny' ended without a word"),
+        "{events}"
+    );
+
+    host.begin(start);
+    host.status(STEP);
+    host.until("mica vm state tiny >state 2>&1");
+    host.begin("kill -9 $mica; wait $mica");
+    assert_eq!(host.status(STEP).0, 128 + 9);
+    host.until(&format!("! [ -e /proc/$({pid}) ]"));
+    // Its socket is still there; nobody is misled by it.
+    assert_eq!(host.shell("mica vm list").lines().count(), 1);
+    let (status, output) = host.run("mica vm state tiny");
+    assert_eq!(status, 1, "{output}");
+}
+
 /// A connection that says whatever it likes.
 struct Client {
     stream: BufReader<UnixStream>,
@@ -307,6 +335,7 @@ fn a_running_guest_obeys_mica_vm() {
         has_a_balloon,
         pauses_and_resumes,
         resets_and_shuts_down,
+        dies_as_one,
         stops,
     ] {
         part(&mut host);

@@ -45,7 +45,7 @@ fn host_of_a_vsock() {
     assert_eq!(line, "ready\n");
     let mut stream = connect_to_guest(&path);
     let text = b"from host to guest and back again\n".repeat(8000);
-    let mut sender = stream.try_clone().unwrap();
+    let mut sender = stream.get_ref().try_clone().unwrap();
     let sent = text.clone();
     let sender = std::thread::spawn(move || {
         sender.write_all(&sent).unwrap();
@@ -59,19 +59,16 @@ fn host_of_a_vsock() {
 }
 
 /// The guest's program may need a moment until it listens.
-fn connect_to_guest(path: &str) -> UnixStream {
+fn connect_to_guest(path: &str) -> BufReader<UnixStream> {
     let deadline = Instant::now() + STEP;
     loop {
         let mut stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(STEP)).unwrap();
         stream.write_all(b"CONNECT 1234\n").unwrap();
-        // Byte by byte: what follows the line is the guest's.
-        let line: Vec<u8> = (&stream)
-            .bytes()
-            .map_while(Result::ok)
-            .take_while(|byte| *byte != b'\n')
-            .collect();
-        if line.starts_with(b"OK ") {
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        if line.starts_with("OK ") {
             return stream;
         }
         assert!(Instant::now() < deadline, "the guest does not listen");
