@@ -2,8 +2,8 @@
 //! host, reports the guest's memory statistics, and discards the free pages that it reports.
 //!
 //! Whatever a guest names, only whole pages of its own RAM are discarded
-//! ([`memory::discard`](crate::memory::discard) ignores the rest), so the worst it can do is lose
-//! its own data. Free-page hints are not offered; free-page reporting replaces them.
+//! ([`crate::memory::discard`] ignores the rest), so the worst it can do is lose its own data.
+//! Free-page hints are not offered; free-page reporting replaces them.
 
 use std::io::{self, Read};
 use std::sync::Arc;
