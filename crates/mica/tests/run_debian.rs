@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is the test's failure
 
+#[path = "support/images.rs"]
+mod images;
 #[path = "support/lab.rs"]
 mod lab;
 
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 use lab::{BOOT, Host, STEP};
 
 const LOGIN: &str = " login: ";
-const PROMPT: &str = "root@debian-socat:~# ";
+const PROMPT: &str = "root@debian-test:~# ";
 
 /// Logs in and leaves the guest at the shell's prompt.
 fn log_in(host: &mut Host) {
@@ -85,7 +87,7 @@ fn speaks_over_its_vsock(host: &mut Host) {
 
 #[test]
 fn the_debian_disk_on_kvm() {
-    let image = lab::debian();
+    let image = images::debian();
     let mut host = Host::start(|lab| {
         lab.disk(image.join("disk.raw"))
             .file(image.join("manifest.json"), "/home/images/debian.json")

@@ -5,9 +5,10 @@
 
 #[path = "support/exporter.rs"]
 mod exporter;
+#[path = "support/images.rs"]
+mod images;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::Duration;
 
 use exporter::Exporter;
@@ -20,20 +21,8 @@ const STEP: Duration = Duration::from_secs(60);
 /// What the guest writes in one round.
 const ROUND_BYTES: usize = 8 << 20;
 
-/// The tiny image, built once for all runs.
-fn tiny() -> PathBuf {
-    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("home");
-    let status = Command::new(env!("CARGO_BIN_EXE_mica"))
-        .args(["image", "build", "tiny"])
-        .env("MICA_HOME", &home)
-        .status()
-        .unwrap();
-    assert!(status.success(), "mica image build tiny: {status}");
-    home.join("images/tiny")
-}
-
 fn start(socket: &Path) -> Session {
-    let image = tiny();
+    let image = images::tiny();
     let chardev = format!("socket,id=disk,path={},reconnect=1", socket.display());
     Guest::new()
         .memory_mib(256)

@@ -227,10 +227,7 @@ mod tests {
         for file in files() {
             let memory = allocate(Size::mib(1), &MemoryOptions::default()).unwrap();
             let error = file.copy_to_guest("initrd", 99_000, 4096, &memory, 0);
-            assert!(matches!(
-                error,
-                Err(BootError::Read { what: "initrd", .. })
-            ));
+            assert!(matches!(error, Err(BootError::Read { what: "initrd", .. })));
         }
     }
 }

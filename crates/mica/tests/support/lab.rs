@@ -1,8 +1,6 @@
 //! `mica` on the KVM of the lab, driven through the lab's shell.
 #![allow(dead_code, clippy::unwrap_used)] // each test uses its share; a failed unwrap is its failure
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use xtask::lab::Lab;
@@ -20,32 +18,6 @@ pub(crate) const PROMPT: &str = "tiny# ";
 /// Around the exit status in the shell's output.
 const MARK: &str = "@@";
 
-/// Builds the tiny image, once for all tests of all runs, and returns its directory.
-pub(crate) fn tiny() -> PathBuf {
-    image("tiny", &["tiny"])
-}
-
-/// The same for Debian with a package that speaks vsock.
-pub(crate) fn debian() -> PathBuf {
-    let name = "debian-socat";
-    image(name, &["debian", "--name", name, "--with", "socat"])
-}
-
-fn image(name: &str, arguments: &[&str]) -> PathBuf {
-    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("home");
-    let output = Command::new(env!("CARGO_BIN_EXE_mica"))
-        .args(["image", "build"])
-        .args(arguments)
-        .env("MICA_HOME", &home)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "mica image build {name}: {output:?}"
-    );
-    home.join("images").join(name)
-}
-
 /// A shell on the lab's kernel.
 pub(crate) struct Host {
     session: Session,
@@ -57,7 +29,7 @@ impl Host {
         let lab = Lab::new()
             .timeout(Duration::from_secs(900))
             .file(env!("CARGO_BIN_EXE_mica"), "/usr/bin/mica")
-            .file(tiny(), "/home/images/tiny");
+            .file(crate::images::tiny(), "/home/images/tiny");
         let session = more(lab)
             .start("export MICA_HOME=/home; cd /tmp; exec sh")
             .unwrap();

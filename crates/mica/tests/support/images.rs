@@ -1,0 +1,32 @@
+//! Guest images, built once for all tests of all runs.
+#![allow(dead_code, clippy::unwrap_used)] // each test uses its share; a failed unwrap is its failure
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The directory of the tiny image.
+pub(crate) fn tiny() -> PathBuf {
+    image("tiny", &["tiny"])
+}
+
+/// The same for Debian with a package that speaks vsock and one that tests disks.
+pub(crate) fn debian() -> PathBuf {
+    let name = "debian-test";
+    let packages = ["--with", "socat", "--with", "fio"];
+    image(name, &[&["debian", "--name", name][..], &packages].concat())
+}
+
+fn image(name: &str, arguments: &[&str]) -> PathBuf {
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("home");
+    let output = Command::new(env!("CARGO_BIN_EXE_mica"))
+        .args(["image", "build"])
+        .args(arguments)
+        .env("MICA_HOME", &home)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "mica image build {name}: {output:?}"
+    );
+    home.join("images").join(name)
+}
