@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is the test's failure
 
+#[path = "support/images.rs"]
+mod images;
 #[path = "support/lab.rs"]
 mod lab;
 

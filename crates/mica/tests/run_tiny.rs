@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)] // a failed unwrap is the test's failure
 
+#[path = "support/images.rs"]
+mod images;
 #[path = "support/lab.rs"]
 mod lab;
 
@@ -162,7 +164,7 @@ fn boots_a_disk_and_forgets_what_it_wrote(host: &mut Host) {
 
 /// An ext4 file system on a bare disk, with the tiny image's kernel and a boot entry for it.
 fn bootable_disk(directory: &Path) -> PathBuf {
-    let image = lab::tiny();
+    let image = images::tiny();
     let root = directory.join("root");
     std::fs::create_dir_all(root.join("loader/entries")).unwrap();
     for name in ["kernel", "initrd"] {
