@@ -33,6 +33,7 @@ pub(super) fn measure(plan: &Plan, emit: &mut impl FnMut(Sample)) -> Result<()> 
                 (FIRST_INSTRUCTION, first_instruction_ms(vmm)?),
             ];
             for (metric, value) in figures {
+                eprintln!("{}: {metric} after {value:.0} ms", vmm.name);
                 emit(Sample {
                     metric: metric.into(),
                     subject: vmm.name.clone(),
