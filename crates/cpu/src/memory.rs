@@ -1,0 +1,269 @@
+//! Guest RAM as the processor sees it.
+//!
+//! Ranges of host memory at guest physical addresses, read and written by relaxed atomics of up to
+//! eight bytes (an access that is not aligned is several), because other processors, devices and
+//! backend processes use the same memory.
+
+#![allow(unsafe_code)] // guest memory is shared with other threads and processes
+
+use std::arch::asm;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Log2 of the page size.
+pub(crate) const PAGE_SHIFT: u32 = 12;
+/// Bytes in a page.
+pub(crate) const PAGE: u64 = 1 << PAGE_SHIFT;
+
+/// One contiguous piece of RAM.
+pub struct RamRange {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+// SAFETY: `host` is only ever used for atomic accesses, which any thread may do.
+unsafe impl Send for RamRange {}
+// SAFETY: as above.
+unsafe impl Sync for RamRange {}
+
+impl RamRange {
+    /// RAM at guest physical `start`, which is `len` bytes at `host`. Both are multiples of a page.
+    ///
+    /// # Safety
+    ///
+    /// The memory stays mapped, readable and writable as long as the range exists, and nobody
+    /// holds a Rust reference to any of it.
+    #[must_use]
+    pub unsafe fn new(start: u64, len: u64, host: *mut u8) -> Self {
+        assert!(
+            start.is_multiple_of(PAGE)
+                && len.is_multiple_of(PAGE)
+                && (host as u64).is_multiple_of(PAGE)
+        );
+        Self { start, len, host }
+    }
+}
+
+/// All RAM of a guest; its processors share it.
+pub struct Ram {
+    ranges: Vec<RamRange>,
+}
+
+impl Ram {
+    /// RAM of these ranges, which do not overlap.
+    #[must_use]
+    pub fn new(mut ranges: Vec<RamRange>) -> Self {
+        ranges.sort_by_key(|range| range.start);
+        Self { ranges }
+    }
+
+    /// The range and the offset in it of `len` bytes at a physical address, if all of them are RAM.
+    fn find(&self, address: u64, len: u64) -> Option<(&RamRange, u64)> {
+        self.ranges.iter().find_map(|range| {
+            let offset = address.checked_sub(range.start)?;
+            (offset < range.len && len <= range.len - offset).then_some((range, offset))
+        })
+    }
+
+    /// Where the page of a physical address is in this process, if it is RAM.
+    pub(crate) fn host_page(&self, address: u64) -> Option<*mut u8> {
+        let (range, offset) = self.find(address & !(PAGE - 1), PAGE)?;
+        // SAFETY: the offset is inside the range.
+        Some(unsafe { range.host.add(offset as usize) })
+    }
+
+    /// Whether an address is RAM.
+    #[must_use]
+    pub fn contains(&self, address: u64) -> bool {
+        self.find(address, 1).is_some()
+    }
+
+    /// Reads an aligned 8-byte word: a page-table entry.
+    pub(crate) fn read_u64(&self, address: u64) -> Option<u64> {
+        let (range, offset) = self.find(address & !7, 8)?;
+        // SAFETY: in range and aligned.
+        Some(
+            unsafe { AtomicU64::from_ptr(range.host.add(offset as usize).cast()) }
+                .load(Ordering::Relaxed),
+        )
+    }
+
+    /// Sets bits of an aligned 4-byte word atomically: accessed and dirty bits.
+    pub(crate) fn set_bits_u32(&self, address: u64, bits: u32) {
+        if let Some((range, offset)) = self.find(address & !3, 4) {
+            // SAFETY: in range and aligned.
+            unsafe { AtomicU32::from_ptr(range.host.add(offset as usize).cast()) }
+                .fetch_or(bits, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Reads `size` (1, 2, 4, 8) bytes of RAM.
+///
+/// # Safety
+///
+/// `host` points to that many bytes of a [`RamRange`].
+#[inline]
+pub(crate) unsafe fn read(host: *const u8, size: u8) -> u64 {
+    let at = host.cast_mut();
+    // SAFETY: the caller's; each atomic is used only where its alignment holds.
+    unsafe {
+        match size {
+            1 => AtomicU8::from_ptr(at).load(Ordering::Acquire).into(),
+            2 if at.addr() & 1 == 0 => AtomicU16::from_ptr(at.cast())
+                .load(Ordering::Acquire)
+                .into(),
+            4 if at.addr() & 3 == 0 => AtomicU32::from_ptr(at.cast())
+                .load(Ordering::Acquire)
+                .into(),
+            8 if at.addr() & 7 == 0 => AtomicU64::from_ptr(at.cast()).load(Ordering::Acquire),
+            _ => (0..size).fold(0, |value, byte| {
+                let part = AtomicU8::from_ptr(at.add(byte.into())).load(Ordering::Acquire);
+                value | u64::from(part) << (8 * byte)
+            }),
+        }
+    }
+}
+
+/// Writes `size` (1, 2, 4, 8) bytes of RAM.
+///
+/// # Safety
+///
+/// `host` points to that many bytes of a [`RamRange`].
+#[inline]
+pub(crate) unsafe fn write(host: *mut u8, size: u8, value: u64) {
+    // SAFETY: the caller's; each atomic is used only where its alignment holds.
+    unsafe {
+        match size {
+            1 => AtomicU8::from_ptr(host).store(value as u8, Ordering::Release),
+            2 if host.addr() & 1 == 0 => {
+                AtomicU16::from_ptr(host.cast()).store(value as u16, Ordering::Release)
+            }
+            4 if host.addr() & 3 == 0 => {
+                AtomicU32::from_ptr(host.cast()).store(value as u32, Ordering::Release)
+            }
+            8 if host.addr() & 7 == 0 => {
+                AtomicU64::from_ptr(host.cast()).store(value, Ordering::Release)
+            }
+            _ => (0..size).for_each(|byte| {
+                AtomicU8::from_ptr(host.add(byte.into()))
+                    .store((value >> (8 * byte)) as u8, Ordering::Release);
+            }),
+        }
+    }
+}
+
+/// Replaces `size` (1, 2, 4, 8) bytes of RAM by `new` if they are `old`, as one; says what they were.
+///
+/// # Safety
+///
+/// `host` points to that many bytes of a [`RamRange`] and is aligned to them.
+pub(crate) unsafe fn compare_exchange(host: *mut u8, size: u8, old: u64, new: u64) -> u64 {
+    const SEQ: Ordering = Ordering::SeqCst;
+    // SAFETY: the caller's.
+    unsafe {
+        match size {
+            1 => AtomicU8::from_ptr(host)
+                .compare_exchange(old as u8, new as u8, SEQ, SEQ)
+                .unwrap_or_else(|was| was)
+                .into(),
+            2 => AtomicU16::from_ptr(host.cast())
+                .compare_exchange(old as u16, new as u16, SEQ, SEQ)
+                .unwrap_or_else(|was| was)
+                .into(),
+            4 => AtomicU32::from_ptr(host.cast())
+                .compare_exchange(old as u32, new as u32, SEQ, SEQ)
+                .unwrap_or_else(|was| was)
+                .into(),
+            _ => AtomicU64::from_ptr(host.cast())
+                .compare_exchange(old, new, SEQ, SEQ)
+                .unwrap_or_else(|was| was),
+        }
+    }
+}
+
+/// Does what `rep movs` of elements of `size` (1, 2, 4, 8) bytes does, upwards, also when the places overlap.
+///
+/// # Safety
+///
+/// `from` and `to` point to `count` elements of a [`RamRange`] each.
+pub(crate) unsafe fn move_string(from: *const u8, to: *mut u8, size: u8, count: u64) {
+    macro_rules! host {
+        ($instruction:literal) => {
+            // SAFETY: the caller's; the direction flag is clear in Rust code. Written in assembly
+            // because others may access the same bytes meanwhile.
+            unsafe {
+                asm!(
+                    concat!("rep ", $instruction),
+                    inout("rcx") count => _,
+                    inout("rsi") from => _,
+                    inout("rdi") to => _,
+                    options(nostack, preserves_flags),
+                )
+            }
+        };
+    }
+    match size {
+        1 => host!("movsb"),
+        2 => host!("movsw"),
+        4 => host!("movsd"),
+        _ => host!("movsq"),
+    }
+}
+
+/// Does what `rep stos` of elements of `size` (1, 2, 4, 8) bytes does, upwards.
+///
+/// # Safety
+///
+/// `to` points to `count` elements of a [`RamRange`].
+pub(crate) unsafe fn store_string(to: *mut u8, size: u8, count: u64, value: u64) {
+    macro_rules! host {
+        ($instruction:literal) => {
+            // SAFETY: as in `move_string`.
+            unsafe {
+                asm!(
+                    concat!("rep ", $instruction),
+                    inout("rcx") count => _,
+                    inout("rdi") to => _,
+                    in("rax") value,
+                    options(nostack, preserves_flags),
+                )
+            }
+        };
+    }
+    match size {
+        1 => host!("stosb"),
+        2 => host!("stosw"),
+        4 => host!("stosd"),
+        _ => host!("stosq"),
+    }
+}
+
+/// Replaces 16 bytes of RAM by `new` if they are `old`, as one; says what they were. Nothing on a
+/// host without CMPXCHG16B.
+///
+/// # Safety
+///
+/// `host` points to 16 bytes of a [`RamRange`] and is aligned to them.
+pub(crate) unsafe fn compare_exchange_16(host: *mut u8, old: u128, new: u128) -> Option<u128> {
+    if !std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        return None;
+    }
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // SAFETY: the caller's, and the host has the instruction. RBX, which the compiler keeps for itself,
+    // is put back. (Without optimisation `std::arch`'s function calls one that is not linked.)
+    unsafe {
+        asm!(
+            "xchg {new}, rbx",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, {new}",
+            new = inout(reg) new as u64 => _,
+            in("rdi") host,
+            inout("rax") low,
+            inout("rdx") high,
+            in("rcx") (new >> 64) as u64,
+            options(nostack),
+        );
+    }
+    Some(u128::from(high) << 64 | u128::from(low))
+}

@@ -1,0 +1,239 @@
+//! Page walks: 32-bit, PAE and 4-level paging (SDM volume 3, 4.3 to 4.6).
+
+use super::Access;
+use crate::error::Exception;
+use crate::processor::Processor;
+use crate::state::{State, rflags};
+
+/// Error code bits of a page fault (SDM volume 3, figure 4-12).
+mod fault {
+    pub(super) const PRESENT: u32 = 1;
+    pub(super) const WRITE: u32 = 2;
+    pub(super) const USER: u32 = 4;
+    pub(super) const RESERVED: u32 = 8;
+    pub(super) const FETCH: u32 = 16;
+}
+
+/// Bits of a paging-structure entry.
+mod entry {
+    pub(super) const PRESENT: u64 = 1;
+    pub(super) const WRITABLE: u64 = 1 << 1;
+    pub(super) const USER: u64 = 1 << 2;
+    pub(super) const ACCESSED: u64 = 1 << 5;
+    pub(super) const DIRTY: u64 = 1 << 6;
+    pub(super) const LARGE: u64 = 1 << 7;
+    pub(super) const GLOBAL: u64 = 1 << 8;
+    pub(super) const NO_EXECUTE: u64 = 1 << 63;
+    /// Where a table or page is, in 8-byte entries.
+    pub(super) const FRAME: u64 = 0x000f_ffff_ffff_f000;
+}
+
+/// The result of a page walk.
+pub(super) struct Walk {
+    pub(super) physical: u64,
+    pub(super) writable: bool,
+    pub(super) executable: bool,
+    pub(super) global: bool,
+}
+
+/// What the control registers say about paging.
+struct Paging {
+    long: bool,
+    pae: bool,
+    large: bool,
+    global: bool,
+    nx: bool,
+    wp: bool,
+    smep: bool,
+    /// Supervisor accesses to user pages fault: SMAP is on and AC is clear.
+    smap: bool,
+}
+
+/// What all entries of a walk together allow.
+struct Rights {
+    writable: bool,
+    user: bool,
+    executable: bool,
+}
+
+impl Paging {
+    /// Nothing if paging is off.
+    fn of(state: &State) -> Option<Self> {
+        let cr4 = |bit: u32| state.cr4 >> bit & 1 != 0;
+        let long = state.long_mode();
+        let pae = long || cr4(5);
+        (state.cr0 >> 31 & 1 != 0).then(|| Self {
+            long,
+            pae,
+            large: pae || cr4(4),
+            global: cr4(7),
+            nx: pae && state.efer >> 11 & 1 != 0,
+            wp: state.cr0 >> 16 & 1 != 0,
+            smep: cr4(20),
+            smap: cr4(21) && state.flags & rflags::AC == 0,
+        })
+    }
+
+    /// For each level the shift and the number of the address bits that index its table.
+    const fn levels(&self) -> &'static [(u32, u32)] {
+        match (self.long, self.pae) {
+            (true, _) => &[(39, 9), (30, 9), (21, 9), (12, 9)],
+            (false, true) => &[(30, 2), (21, 9), (12, 9)],
+            (false, false) => &[(22, 10), (12, 10)],
+        }
+    }
+
+    const fn root(&self, cr3: u64) -> u64 {
+        match (self.long, self.pae) {
+            (true, _) => cr3 & entry::FRAME,
+            (false, true) => cr3 & 0xffff_ffe0,
+            (false, false) => cr3 & 0xffff_f000,
+        }
+    }
+
+    const fn entry_size(&self) -> u64 {
+        if self.pae { 8 } else { 4 }
+    }
+
+    /// A page-directory-pointer entry of PAE paging, which has no rights and no accessed bit.
+    const fn is_pointer(&self, level: usize) -> bool {
+        self.pae && !self.long && level == 0
+    }
+
+    fn allows(&self, rights: &Rights, access: Access, user: bool) -> bool {
+        match access {
+            Access::Fetch => self.executable(rights, user),
+            _ if user => rights.user && (access == Access::Read || rights.writable),
+            _ => {
+                !(rights.user && self.smap)
+                    && (access == Access::Read || self.writable(rights, user))
+            }
+        }
+    }
+
+    const fn writable(&self, rights: &Rights, user: bool) -> bool {
+        rights.writable || (!user && !self.wp)
+    }
+
+    const fn executable(&self, rights: &Rights, user: bool) -> bool {
+        rights.executable
+            && if user {
+                rights.user
+            } else {
+                !(rights.user && self.smep)
+            }
+    }
+
+    fn fault(&self, linear: u64, access: Access, user: bool, cause: u32) -> Exception {
+        let mut code = cause;
+        code |= if access == Access::Write {
+            fault::WRITE
+        } else {
+            0
+        };
+        code |= if user { fault::USER } else { 0 };
+        let says_fetch = access == Access::Fetch && (self.nx || self.smep);
+        code |= if says_fetch { fault::FETCH } else { 0 };
+        Exception::page_fault(linear, code)
+    }
+
+    /// Whether the entry ends the walk with a page, for an entry that is present at `shift`; nothing if
+    /// a reserved bit is set.
+    fn is_page(&self, value: u64, shift: u32, level: usize) -> Option<bool> {
+        if value & entry::NO_EXECUTE != 0 && self.pae && !self.nx {
+            return None;
+        }
+        if shift == 12 {
+            return Some(true);
+        }
+        let large = value & entry::LARGE != 0 && self.large && !self.is_pointer(level);
+        let reserved =
+            large && shift == 39 || large && self.pae && value & ((1 << shift) - 1) & !0x1fff != 0;
+        (!reserved).then_some(large)
+    }
+
+    /// The physical address of the page that an entry at `shift` maps.
+    const fn frame(&self, value: u64, shift: u32) -> u64 {
+        if !self.pae && shift == 22 {
+            // PSE-36: bits 13 to 20 are the address's 32 to 39.
+            value & 0xffc0_0000 | (value & 0x1f_e000) << 19
+        } else {
+            value & entry::FRAME & !((1 << shift) - 1)
+        }
+    }
+}
+
+impl Processor {
+    /// Walks the page tables, checks the access and sets accessed and dirty bits.
+    pub(super) fn walk(&self, linear: u64, access: Access, user: bool) -> Result<Walk, Exception> {
+        let Some(paging) = Paging::of(&self.state) else {
+            return Ok(Walk {
+                physical: linear & 0xffff_ffff,
+                writable: true,
+                executable: true,
+                global: false,
+            });
+        };
+        let fail = |cause| Err(paging.fault(linear, access, user, cause));
+        let mut rights = Rights {
+            writable: true,
+            user: true,
+            executable: true,
+        };
+        let mut table = paging.root(self.state.cr3);
+        let mut visited = [0; 4];
+        for (level, &(shift, bits)) in paging.levels().iter().enumerate() {
+            let address = table + (linear >> shift & ((1 << bits) - 1)) * paging.entry_size();
+            let value = self.read_entry(address, &paging).unwrap_or(0);
+            if value & entry::PRESENT == 0 {
+                return fail(0);
+            }
+            visited[level] = address;
+            let Some(page) = paging.is_page(value, shift, level) else {
+                return fail(fault::PRESENT | fault::RESERVED);
+            };
+            if !paging.is_pointer(level) {
+                rights.writable &= value & entry::WRITABLE != 0;
+                rights.user &= value & entry::USER != 0;
+                rights.executable &= value & entry::NO_EXECUTE == 0;
+            }
+            if !page {
+                table = value & entry::FRAME;
+                continue;
+            }
+            if !paging.allows(&rights, access, user) {
+                return fail(fault::PRESENT);
+            }
+            let first = usize::from(paging.is_pointer(0));
+            self.mark(&visited[first..=level], access == Access::Write, &paging);
+            return Ok(Walk {
+                physical: paging.frame(value, shift) | linear & ((1 << shift) - 1),
+                writable: paging.writable(&rights, user),
+                executable: paging.executable(&rights, user),
+                global: value & entry::GLOBAL != 0 && paging.global,
+            });
+        }
+        fail(0)
+    }
+
+    fn read_entry(&self, address: u64, paging: &Paging) -> Option<u64> {
+        let word = self.ram.read_u64(address)?;
+        Some(if paging.pae {
+            word
+        } else {
+            word >> (8 * (address & 4)) & 0xffff_ffff
+        })
+    }
+
+    /// Sets the accessed bits of the entries that a walk has used, and the last one's dirty bit.
+    fn mark(&self, visited: &[u64], write: bool, paging: &Paging) {
+        for (index, &address) in visited.iter().enumerate() {
+            let dirty = write && index + 1 == visited.len();
+            let wanted = entry::ACCESSED | if dirty { entry::DIRTY } else { 0 };
+            let now = self.read_entry(address, paging).unwrap_or(wanted);
+            if now & wanted != wanted {
+                self.ram.set_bits_u32(address, wanted as u32);
+            }
+        }
+    }
+}
