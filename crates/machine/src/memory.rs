@@ -20,9 +20,9 @@ use std::sync::Arc;
 
 use mica_base::units::{Bytes, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -275,51 +275,6 @@ pub fn discard(memory: &GuestMemory, address: GuestAddress, len: u64) -> io::Res
         }
     }
     Ok(())
-}
-
-/// Lets `len` bytes at `address`, whole pages of RAM, be the bytes at `offset` of `file` without
-/// copying them: a page is read when the guest first touches it, and becomes its own when it first
-/// writes to it. Says whether it could be done; memory on reserved huge pages and offsets inside a
-/// page take a copy.
-///
-/// The guest's memory is then no longer all in its memory file: whoever maps that, a backend, does
-/// not see these pages. Only for a guest without backends, and a file that does not change as long as
-/// the guest runs. [`discard`] does not give these pages back.
-///
-/// # Errors
-///
-/// The range is not RAM, or the kernel's refusal.
-pub fn map_file(
-    memory: &GuestMemory,
-    address: GuestAddress,
-    len: u64,
-    file: &File,
-    offset: u64,
-) -> io::Result<bool> {
-    let pages = [address.0, len, offset].map(|number| number.is_multiple_of(PAGE_SIZE));
-    let region = memory
-        .find_region(address)
-        .ok_or(io::ErrorKind::InvalidInput)?;
-    if pages != [true; 3] || region.is_hugetlbfs() == Some(true) {
-        return Ok(false);
-    }
-    let start = address.0 - region.start_addr().0;
-    if len > region.len() - start {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let (protection, flags) = (
-        ProtFlags::READ | ProtFlags::WRITE,
-        MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-    );
-    let len = len as usize;
-    // SAFETY: the range lies inside the region's mapping, which nobody accesses but by volatile
-    // copies through that mapping, and which is unmapped as a whole with whatever is in its place.
-    unsafe {
-        let at = region.as_ptr().add(start as usize).cast();
-        rustix::mm::mmap(at, len, protection, flags, file, offset)?;
-    }
-    (**region).bitmap().mark_dirty(start as usize, len);
-    Ok(true)
 }
 
 /// The size of the reserved pages that back `file`: it is the file's block size.

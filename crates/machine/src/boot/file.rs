@@ -4,23 +4,19 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use mica_base::units::PAGE_SIZE;
 use rustix::fs::SeekFrom as RawSeek;
 use rustix::io::{Errno, retry_on_intr};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::BootError;
-use crate::memory::{GuestMemory, map_file};
+use crate::memory::GuestMemory;
 
 /// A kernel or an initrd: an open file, or bytes that were found inside a disk image.
 #[derive(Debug)]
 pub enum BootFile {
     /// A file on the host. Its offset is moved.
     File(File),
-    /// A file that does not change as long as the guest runs, for a guest whose memory no other
-    /// process maps: its whole pages are mapped rather than copied.
-    Mapped(File),
     /// Bytes in the host's memory.
     Bytes(Vec<u8>),
 }
@@ -42,7 +38,7 @@ impl BootFile {
     pub(super) fn size(&self) -> io::Result<u64> {
         match self {
             // Seeking also measures block devices, whose metadata says zero.
-            Self::File(file) | Self::Mapped(file) => (&mut &*file).seek(SeekFrom::End(0)),
+            Self::File(file) => (&mut &*file).seek(SeekFrom::End(0)),
             Self::Bytes(bytes) => Ok(bytes.len() as u64),
         }
     }
@@ -50,7 +46,7 @@ impl BootFile {
     /// Fills `buffer` from `offset`; an end before that is an error.
     pub(super) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         match self {
-            Self::File(file) | Self::Mapped(file) => file.read_exact_at(buffer, offset),
+            Self::File(file) => file.read_exact_at(buffer, offset),
             Self::Bytes(bytes) => {
                 let source = slice(bytes, offset, buffer.len() as u64)
                     .ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -69,8 +65,7 @@ impl BootFile {
 
     /// Copies `len` bytes from `offset` to guest address `to`.
     ///
-    /// The whole pages of a [`Self::Mapped`] are mapped if their places in file and memory allow it.
-    /// Other bytes go into the memory's own file without passing through a mapping: no page fault for
+    /// The bytes go into the memory's own file without passing through a mapping: no page fault for
     /// each page, and no page is cleared only to be filled. That is a third of the time of reading
     /// into the mapping, which is what remains for memory and files that do not take it.
     pub(super) fn copy_to_guest(
@@ -82,33 +77,10 @@ impl BootFile {
         to: u64,
     ) -> Result<(), BootError> {
         let read = |source| BootError::Read { what, source };
-        if let Self::Mapped(file) = self {
-            // What comes before the first whole page, the pages, and the rest.
-            let head = (to.next_multiple_of(PAGE_SIZE) - to).min(len);
-            let pages = (len - head) / PAGE_SIZE * PAGE_SIZE;
-            let at = GuestAddress(to + head);
-            if pages > 0 && map_file(memory, at, pages, file, offset + head).map_err(read)? {
-                self.copy(what, offset, head, memory, to)?;
-                let done = head + pages;
-                return self.copy(what, offset + done, len - done, memory, to + done);
-            }
-        }
-        self.copy(what, offset, len, memory, to)
-    }
-
-    fn copy(
-        &self,
-        what: &'static str,
-        offset: u64,
-        len: u64,
-        memory: &GuestMemory,
-        to: u64,
-    ) -> Result<(), BootError> {
-        let read = |source| BootError::Read { what, source };
         let sent = self.send(offset, len, memory, to).map_err(read)?;
         let (offset, len, to) = (offset + sent, len - sent, to + sent);
         match self {
-            Self::File(file) | Self::Mapped(file) => read_into(file, what, offset, len, memory, to),
+            Self::File(file) => read_into(file, what, offset, len, memory, to),
             Self::Bytes(bytes) => {
                 let source = slice(bytes, offset, len)
                     .ok_or_else(|| read(io::ErrorKind::UnexpectedEof.into()))?;
@@ -153,7 +125,7 @@ impl BootFile {
         };
         let at = backing.start() + start;
         let sent = retry_on_intr(|| match self {
-            Self::File(file) | Self::Mapped(file) => {
+            Self::File(file) => {
                 // Nobody else moves the memory file's offset: backends map it.
                 rustix::fs::seek(backing.file(), RawSeek::Start(at))?;
                 let count = usize::try_from(len).unwrap_or(usize::MAX);
@@ -220,54 +192,10 @@ mod tests {
         (0..100_000u32).map(|at| (at % 251) as u8).collect()
     }
 
-    fn files() -> [BootFile; 3] {
+    fn files() -> [BootFile; 2] {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&content()).unwrap();
-        let same = file.try_clone().unwrap();
-        [
-            BootFile::File(file),
-            BootFile::Mapped(same),
-            BootFile::Bytes(content()),
-        ]
-    }
-
-    /// What of guest memory a backend would see.
-    fn backing(memory: &GuestMemory, at: u64) -> u8 {
-        let region = memory.find_region(GuestAddress(at)).unwrap();
-        let mut byte = [0xff];
-        let file = region.file_offset().unwrap().file();
-        file.read_exact_at(&mut byte, at).unwrap();
-        byte[0]
-    }
-
-    #[test]
-    fn whole_pages_are_mapped_and_become_the_guests_own() {
-        let [_, file, _] = files();
-        let memory = allocate(Size::mib(1), &MemoryOptions::default()).unwrap();
-        // 3 bytes, 21 pages and 4 bytes.
-        let (offset, len, to) = (0x1ffd, 3 + 21 * 4096 + 4, 0x3ffd);
-        file.copy_to_guest("kernel", offset, len, &memory, to)
-            .unwrap();
-        let mut copied = vec![0; len as usize];
-        memory.read_slice(&mut copied, GuestAddress(to)).unwrap();
-        let start = offset as usize;
-        assert_eq!(copied, content()[start..start + len as usize]);
-        assert_eq!(backing(&memory, to + 2), content()[start + 2]);
-        assert_eq!(
-            backing(&memory, to + 4),
-            0,
-            "mapped, so not in the memory's file"
-        );
-
-        memory.write_obj(0xeeu8, GuestAddress(to + 4)).unwrap();
-        let mut byte = [0];
-        file.read_at(offset + 4, &mut byte).unwrap();
-        assert_eq!(byte[0], content()[start + 4], "the file is not written");
-        // A reset loads again, over what the guest has made of it.
-        file.copy_to_guest("kernel", offset, len, &memory, to)
-            .unwrap();
-        let again: u8 = memory.read_obj(GuestAddress(to + 4)).unwrap();
-        assert_eq!(again, content()[start + 4]);
+        [BootFile::File(file), BootFile::Bytes(content())]
     }
 
     #[test]

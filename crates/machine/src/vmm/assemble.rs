@@ -346,13 +346,12 @@ impl Assembler {
             pm_timer: true,
             pvpanic: true,
         };
-        let backends = !handles.backends.is_empty();
         let machine = Machine {
             engine: self.engine,
             memory: self.memory,
             vcpus,
             devices: self.devices,
-            boot: boot_source(&config.boot, backends, fds)?,
+            boot: boot_source(&config.boot, fds)?,
             acpi,
             running: false,
         };
@@ -365,18 +364,15 @@ impl Assembler {
     }
 }
 
-/// `backends` says whether other processes map guest memory.
-fn boot_source(config: &BootConfig, backends: bool, fds: &mut Received) -> io::Result<BootSource> {
+fn boot_source(config: &BootConfig, fds: &mut Received) -> io::Result<BootSource> {
     let mut file = |index| fds.take(index).map(File::from);
     Ok(match config {
         BootConfig::Kernel {
             kernel,
-            immutable,
             initrd,
             cmdline,
         } => BootSource::Kernel {
             kernel: file(*kernel)?,
-            map: *immutable && !backends,
             initrd: initrd.map(&mut file).transpose()?,
             cmdline: cmdline.clone(),
         },

@@ -202,9 +202,6 @@ pub enum BootConfig {
     Kernel {
         /// bzImage or ELF.
         kernel: FdIndex,
-        /// The kernel's file is an image's: it does not change as long as the VM runs.
-        #[serde(default)]
-        immutable: bool,
         /// The initial RAM disk.
         initrd: Option<FdIndex>,
         /// The command line.

@@ -35,8 +35,6 @@ pub enum BootSource {
     Kernel {
         /// bzImage or ELF.
         kernel: File,
-        /// The kernel's pages may be mapped, see [`BootFile::Mapped`].
-        map: bool,
         /// Initial RAM disk.
         initrd: Option<File>,
         /// The command line.
@@ -248,16 +246,11 @@ impl BootSource {
         match self {
             Self::Kernel {
                 kernel,
-                map,
                 initrd,
                 cmdline,
             } => {
-                let kernel = match again(kernel)? {
-                    BootFile::File(file) if *map => BootFile::Mapped(file),
-                    kernel => kernel,
-                };
                 let initrd = initrd.as_ref().map(again).transpose()?;
-                Ok((kernel, initrd, None, cmdline.clone()))
+                Ok((again(kernel)?, initrd, None, cmdline.clone()))
             }
             Self::Disk {
                 disk,

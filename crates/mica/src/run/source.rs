@@ -17,8 +17,6 @@ pub(crate) enum Source {
     Kernel {
         name: String,
         kernel: PathBuf,
-        /// It is an image's, whose files never change: a new build makes new ones.
-        immutable: bool,
         initrd: Option<PathBuf>,
         cmdline: String,
     },
@@ -60,7 +58,6 @@ impl Source {
             return Ok(Self::Kernel {
                 name: name_of(kernel),
                 kernel: kernel.clone(),
-                immutable: false,
                 initrd: options.initrd.clone(),
                 cmdline: String::from("console=ttyS0"),
             });
@@ -107,7 +104,6 @@ impl Source {
         let cmdline = image.manifest.kernel.command_line.clone();
         Ok(Self::Kernel {
             kernel: kernel.ok_or_else(|| format!("image '{name}' has neither disk nor kernel"))?,
-            immutable: true,
             initrd: image.file(Role::Initrd),
             cmdline: cmdline.unwrap_or_default(),
             name,
@@ -148,7 +144,6 @@ impl Source {
         match self {
             Self::Kernel {
                 kernel,
-                immutable,
                 initrd,
                 cmdline,
                 ..
@@ -156,7 +151,6 @@ impl Source {
                 let cmdline = options.cmdline.as_ref().unwrap_or(cmdline);
                 Ok(BootConfig::Kernel {
                     kernel: open(kernel)?,
-                    immutable: *immutable,
                     initrd: initrd.as_deref().map(open).transpose()?,
                     cmdline: format!("{cmdline} {append}").trim_end().to_owned(),
                 })

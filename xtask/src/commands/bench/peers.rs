@@ -23,10 +23,8 @@ const QEMU_ROMS: [&str; 4] = [
     "linuxboot_dma.bin",
 ];
 
-/// Where the guest's files are inside the lab: the image `guest` of Mica's home.
-const HOME: &str = "/bench/home";
-const GUEST: &str = "/bench/home/images/guest";
-const MANIFEST: &str = "manifest.json";
+/// Where the guest's files are inside the lab.
+const GUEST: &str = "/bench/guest";
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
 
 /// The guest's memory.
@@ -64,8 +62,7 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
     let command_line = command_line(&guest)?;
     let mut vmms = microvms(&command_line);
     if !arguments.peers_only {
-        let image = guest.join(MANIFEST).exists();
-        vmms.insert(0, mica_run(&command_line, image));
+        vmms.insert(0, mica_run(&command_line));
     }
     let plan = Plan {
         runs: arguments.runs,
@@ -87,13 +84,8 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
     for file in ["kernel", "vmlinux", "initrd"] {
         lab = lab.file(guest.join(file), format!("{GUEST}/{file}"));
     }
-    if guest.join(MANIFEST).exists() {
-        lab = lab.file(guest.join(MANIFEST), format!("{GUEST}/{MANIFEST}"));
-    }
     lab = with_microvm(lab)?;
-    let outcome = lab.run(&format!(
-        "MICA_HOME={HOME} /bench/xtask lab-side {bench} /bench/plan.json"
-    ))?;
+    let outcome = lab.run(&format!("/bench/xtask lab-side {bench} /bench/plan.json"))?;
     if outcome.status != 0 {
         return Err(Error::Other(format!(
             "the lab side failed:\n{}",
@@ -133,7 +125,7 @@ fn build_guest(mica: &Path) -> Result<PathBuf> {
 
 /// The image's own, for every VMM alike.
 fn command_line(guest: &Path) -> Result<String> {
-    let path = guest.join(MANIFEST);
+    let path = guest.join("manifest.json");
     if !path.exists() {
         return Ok(DEFAULT_COMMAND_LINE.into());
     }
@@ -146,20 +138,28 @@ fn command_line(guest: &Path) -> Result<String> {
         .to_owned())
 }
 
-/// The engine is named so that neither side spends time on choosing one. An image is started as
-/// users start it, by name.
-fn mica_run(command_line: &str, image: bool) -> Vmm {
+/// The engine is named so that neither side spends time on choosing one.
+fn mica_run(command_line: &str) -> Vmm {
     let memory = format!("{MEMORY_MIB}M");
     let kernel = format!("{GUEST}/vmlinux");
     let initrd = format!("{GUEST}/initrd");
-    let mut argv = vec!["/usr/bin/mica", "run", "--engine", "kvm"];
-    if image {
-        argv.push("guest");
-    } else {
-        argv.extend(["--kernel", &kernel, "--initrd", &initrd]);
-    }
-    argv.extend(["--cmdline", command_line, "--memory", &memory]);
-    vmm("mica", &argv)
+    vmm(
+        "mica",
+        &[
+            "/usr/bin/mica",
+            "run",
+            "--engine",
+            "kvm",
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--cmdline",
+            command_line,
+            "--memory",
+            &memory,
+        ],
+    )
 }
 
 /// The microvm as QEMU's documentation (docs/system/i386/microvm.rst) sets it up for start-up time,
