@@ -1,0 +1,30 @@
+//! The interrupt controllers and timers of the software engine, which KVM has in the host kernel.
+//!
+//! ```text
+//!   lines 0-23 ──┬──▶ pic (0-15) ── ExtINT ──▶ LINT0 ┐
+//!                └──▶ io_apic ── messages ──▶ local_apic, one a vCPU ──▶ flag, Wake
+//!   MSI ────────────────────────────────────▶        │
+//!   pit ── IRQ 0 ──▶ lines            timers ────────┘
+//! ```
+//!
+//! Each chip is a core without threads and without a clock: its methods take the time in nanoseconds
+//! of the machine's monotonic clock. [`platform::Platform`] joins them and is what a vCPU's thread, a
+//! device and a timer thread share.
+//!
+//! Guests are tested on KVM, so where the kernel's chips differ from the data sheet these follow the
+//! kernel, and say so. The state is that of [`crate::engine::state`], so that a machine may move
+//! between the engines.
+
+pub mod apic_timer;
+pub mod clock;
+pub mod io_apic;
+pub mod local_apic;
+pub mod message;
+pub mod pic;
+pub mod pit;
+pub mod platform;
+pub mod tsc;
+
+/// A guest's access that the processor answers with a general protection fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
