@@ -1,0 +1,17 @@
+//! General-purpose instructions.
+
+use iced_x86::Instruction;
+
+use crate::processor::{Environment, Executed, Processor};
+
+impl Processor {
+    /// Executes the instruction if it is one of this module's.
+    pub(crate) fn integer_instruction(
+        &mut self,
+        env: &dyn Environment,
+        instruction: &Instruction,
+    ) -> Option<Executed> {
+        let _ = (env, instruction);
+        None
+    }
+}

@@ -1,0 +1,1 @@
+//! (stub) executing micro-operations.

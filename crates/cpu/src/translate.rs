@@ -1,0 +1,5 @@
+//! (stub) decoding and the block cache.
+
+/// Translated blocks.
+#[derive(Default)]
+pub(crate) struct BlockCache;

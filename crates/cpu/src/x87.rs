@@ -1,0 +1,17 @@
+//! x87.
+
+use iced_x86::Instruction;
+
+use crate::processor::{Environment, Executed, Processor};
+
+impl Processor {
+    /// Executes the instruction if it is one of this module's.
+    pub(crate) fn x87_instruction(
+        &mut self,
+        env: &dyn Environment,
+        instruction: &Instruction,
+    ) -> Option<Executed> {
+        let _ = (env, instruction);
+        None
+    }
+}
