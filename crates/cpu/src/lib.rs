@@ -24,6 +24,7 @@
 //! | `system` | exceptions, interrupts, segments, privileged registers |
 //! | `vector`, `x87` | SSE and x87, whose arithmetic the host's own units do |
 
+mod deliver;
 mod error;
 mod execute;
 mod flags;

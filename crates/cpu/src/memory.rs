@@ -21,6 +21,8 @@ pub struct RamRange {
     host: *mut u8,
     /// What [`Ram`] knows of each page.
     pages: Box<[AtomicU8]>,
+    /// How often translated code of each page went out of date.
+    generations: Box<[AtomicU32]>,
 }
 
 // SAFETY: `host` is only ever used for atomic accesses, which any thread may do.
@@ -52,6 +54,7 @@ impl RamRange {
             len,
             host,
             pages: (0..len >> PAGE_SHIFT).map(|_| AtomicU8::new(0)).collect(),
+            generations: (0..len >> PAGE_SHIFT).map(|_| AtomicU32::new(0)).collect(),
         }
     }
 }
@@ -62,6 +65,9 @@ pub struct Ram {
     /// Counts the writes to pages that hold translated code; processors drop their blocks of such
     /// pages when it changes. See [`Ram::code_written`].
     pub(crate) code_epoch: AtomicU64,
+    /// Counts the pages that began to hold translated code; processors give up their ways to write
+    /// such pages unseen when it changes.
+    pub(crate) watch_epoch: AtomicU64,
 }
 
 impl Ram {
@@ -72,6 +78,7 @@ impl Ram {
         Self {
             ranges,
             code_epoch: AtomicU64::new(0),
+            watch_epoch: AtomicU64::new(0),
         }
     }
 
@@ -119,8 +126,18 @@ impl Ram {
     /// Says that a page of RAM holds translated code from now on.
     pub(crate) fn watch_code(&self, address: u64) {
         if let Some((range, offset)) = self.find(address, 1) {
-            range.pages[(offset >> PAGE_SHIFT) as usize].fetch_or(CODE, Ordering::SeqCst);
+            let page = &range.pages[(offset >> PAGE_SHIFT) as usize];
+            if page.fetch_or(CODE, Ordering::SeqCst) & CODE == 0 {
+                self.watch_epoch.fetch_add(1, Ordering::SeqCst);
+            }
         }
+    }
+
+    /// How often translated code of a page went out of date: code translated at another count is.
+    pub(crate) fn code_generation(&self, address: u64) -> u32 {
+        self.find(address, 1).map_or(0, |(range, offset)| {
+            range.generations[(offset >> PAGE_SHIFT) as usize].load(Ordering::SeqCst)
+        })
     }
 
     /// Whether a page holds translated code.
@@ -136,6 +153,7 @@ impl Ram {
             let page = &range.pages[(offset >> PAGE_SHIFT) as usize];
             if page.load(Ordering::SeqCst) & CODE != 0 {
                 page.fetch_and(!CODE, Ordering::SeqCst);
+                range.generations[(offset >> PAGE_SHIFT) as usize].fetch_add(1, Ordering::SeqCst);
                 self.code_epoch.fetch_add(1, Ordering::SeqCst);
             }
             page.fetch_or(DIRTY, Ordering::Relaxed);

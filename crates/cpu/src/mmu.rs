@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code)] // dereferences the host addresses that TLB entries hold
 
+mod fast;
+
 use crate::error::{Exception, Vector};
 use crate::memory::{self, PAGE, PAGE_SHIFT};
 use crate::processor::{Environment, Processor};
@@ -54,6 +56,8 @@ const EMPTY: Entry = Entry {
 /// Cached translations: one array for accesses with supervisor rights, one for user rights.
 pub(crate) struct Tlb {
     entries: [Box<[Entry; ENTRIES]>; 2],
+    /// Counts flushes: what was derived from translations is valid while it stays.
+    pub(crate) generation: u64,
 }
 
 // SAFETY: the host addresses point into RAM, which any thread may access.
@@ -63,6 +67,7 @@ impl Default for Tlb {
     fn default() -> Self {
         Self {
             entries: [Box::new([EMPTY; ENTRIES]), Box::new([EMPTY; ENTRIES])],
+            generation: 0,
         }
     }
 }
@@ -70,6 +75,7 @@ impl Default for Tlb {
 impl Tlb {
     /// Forgets everything, global pages too.
     pub(crate) fn flush(&mut self) {
+        self.generation += 1;
         self.entries
             .iter_mut()
             .for_each(|entries| entries.fill(EMPTY));
@@ -77,6 +83,7 @@ impl Tlb {
 
     /// Forgets all but global pages: MOV to CR3.
     pub(crate) fn flush_non_global(&mut self) {
+        self.generation += 1;
         for entry in self
             .entries
             .iter_mut()
@@ -90,6 +97,7 @@ impl Tlb {
 
     /// Forgets the page of a linear address: INVLPG. (A large page may be in many entries.)
     pub(crate) fn flush_page(&mut self, linear: u64) {
+        self.generation += 1;
         let index = (linear >> PAGE_SHIFT) as usize % ENTRIES;
         for entries in &mut self.entries {
             entries[index] = EMPTY;

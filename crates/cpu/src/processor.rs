@@ -1,12 +1,17 @@
 //! The processor, what surrounds it, and its run loop.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::error::Exception;
-use crate::memory::Ram;
-use crate::mmu::Tlb;
-use crate::state::State;
+use crate::error::{Exception, Vector};
+use crate::interpret::Ended;
+use crate::memory::{PAGE, Ram};
+use crate::mmu::{Access, Tlb};
+use crate::state::{Mode, SegmentName, State, rflags, slot};
+use crate::translate::{BlockCache, Key};
+
+/// Blocks between two looks for interrupts that nobody announced.
+const LOOK_EVERY: u32 = 1024;
 
 /// What is around the processor's core. Called from inside [`Processor::run`].
 pub trait Environment {
@@ -56,7 +61,7 @@ pub struct Processor {
     pub state: State,
     pub(crate) ram: Arc<Ram>,
     pub(crate) tlb: Tlb,
-    pub(crate) blocks: crate::translate::BlockCache,
+    pub(crate) blocks: BlockCache,
     /// Set by anybody who wants [`Processor::run`] to look up: a kick, an interrupt.
     pub(crate) attention: Arc<AtomicBool>,
     /// Instructions executed since power-on.
@@ -85,7 +90,7 @@ impl Processor {
             state: State::default(),
             ram,
             tlb: Tlb::default(),
-            blocks: crate::translate::BlockCache::default(),
+            blocks: BlockCache::default(),
             attention: Arc::default(),
             retired: 0,
         }
@@ -102,9 +107,171 @@ impl Processor {
         self.tlb.flush();
     }
 
-    /// Executes the guest until it has to stop, at most `budget` instructions.
+    /// Executes the guest until it has to stop, at most `budget` instructions. One that faults counts,
+    /// too, so that a guest that only faults does not run for ever.
+    ///
+    /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
+    /// [`LOOK_EVERY`] blocks; who raises one sets the attention flag to have it delivered sooner.
     pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
-        let _ = (env, budget);
-        Stop::Attention
+        let mut cache = std::mem::take(&mut self.blocks);
+        let stop = self.run_cached(env, budget, &mut cache);
+        self.blocks = cache;
+        self.state.file[slot::TEMP0 as usize..=slot::START as usize].fill(0);
+        stop
+    }
+
+    fn run_cached(
+        &mut self,
+        env: &dyn Environment,
+        mut budget: u64,
+        cache: &mut BlockCache,
+    ) -> Stop {
+        let (mut look, mut blocks) = (true, 0u32);
+        loop {
+            if budget == 0 || self.attention.load(Ordering::Relaxed) {
+                self.attention.store(false, Ordering::SeqCst);
+                return Stop::Attention;
+            }
+            blocks = blocks.wrapping_add(1);
+            if look || self.state.halted || blocks.is_multiple_of(LOOK_EVERY) {
+                if self.take_interrupt(env).is_err() {
+                    return Stop::TripleFault;
+                }
+                if self.state.halted {
+                    return Stop::Halted;
+                }
+            }
+            look = self.state.shadow;
+            let step = self.state.flags & rflags::TF != 0;
+            let limit = if look || step { 1 } else { budget };
+            self.state.shadow = false;
+            self.state.flags &= !rflags::RF;
+            let ended = self.run_one(env, cache, limit);
+            look |= ended.look;
+            self.retired += ended.retired;
+            budget = budget.saturating_sub(ended.retired);
+            let trap = step && ended.retired != 0 && !ended.no_trap && !self.state.shadow;
+            let exception = ended.fault.or_else(|| trap.then(|| self.step_trap()));
+            if let Some(exception) = exception {
+                budget = budget.saturating_sub(ended.fault.is_some().into());
+                look = true;
+                if self.deliver_exception(env, exception).is_err() {
+                    return Stop::TripleFault;
+                }
+            }
+        }
+    }
+
+    /// The trap after an instruction that began with TF set.
+    fn step_trap(&mut self) -> Exception {
+        const BS: u64 = 1 << 14;
+        self.state.dr[4] |= BS;
+        Exception::new(Vector::Debug)
+    }
+
+    /// Delivers an NMI or an interrupt if there is one and the guest takes it.
+    fn take_interrupt(&mut self, env: &dyn Environment) -> Result<(), ()> {
+        const NMI: u8 = 2;
+        if self.state.shadow {
+            return Ok(());
+        }
+        if !self.state.nmi_blocked && env.take_nmi() {
+            self.state.halted = false;
+            self.deliver_interrupt(env, NMI)?;
+            self.state.nmi_blocked = true;
+            return Ok(());
+        }
+        if self.state.flags & rflags::IF == 0 {
+            return Ok(());
+        }
+        match env.acknowledge_interrupt() {
+            Some(vector) => {
+                self.state.halted = false;
+                self.deliver_interrupt(env, vector)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Executes a block, or the first `limit` instructions of it.
+    fn run_one(&mut self, env: &dyn Environment, cache: &mut BlockCache, limit: u64) -> Ended {
+        let epoch = self.ram.code_epoch.load(Ordering::SeqCst);
+        if epoch != cache.epoch {
+            cache.drop_stale(&self.ram);
+            cache.epoch = epoch;
+        }
+        let user = self.state.cpl() == 3;
+        let number = match self.find_block(cache, user) {
+            Ok(number) => number,
+            Err(exception) => return Ended::fault(exception),
+        };
+        let watched = self.ram.watch_epoch.load(Ordering::SeqCst);
+        if watched != cache.watched {
+            self.tlb.see_code_writes(&self.ram);
+            cache.watched = watched;
+        }
+        let block = cache.block(number);
+        if block.count() as u64 <= limit {
+            return self.run_block(env, block, epoch, user);
+        }
+        // The flags that a whole block leaves out may be needed where this one ends.
+        let linear = self.state.rip.wrapping_add(self.code_base());
+        match self.translate_block(linear, limit) {
+            Ok((block, _)) => self.run_block(env, &block, epoch, user),
+            Err(exception) => Ended::fault(exception),
+        }
+    }
+
+    /// What CS adds to RIP.
+    fn code_base(&self) -> u64 {
+        if self.state.mode() == Mode::Bits64 {
+            0
+        } else {
+            self.state.segment(SegmentName::Cs).base
+        }
+    }
+
+    /// The number of the block at RIP.
+    #[inline]
+    fn find_block(&mut self, cache: &mut BlockCache, user: bool) -> Result<u32, Exception> {
+        let stamp = cache.stamp(self.tlb.generation, self.state.mode(), user);
+        let linear = self.state.rip.wrapping_add(self.code_base());
+        match cache.recent(linear, stamp) {
+            Some(number) if self.state.mode() == Mode::Bits64 => Ok(number),
+            _ => self.find_block_by_address(cache, user),
+        }
+    }
+
+    #[inline(never)]
+    fn find_block_by_address(
+        &mut self,
+        cache: &mut BlockCache,
+        user: bool,
+    ) -> Result<u32, Exception> {
+        let (rip, mode) = (self.state.rip, self.state.mode());
+        let linear = self.linear(SegmentName::Cs, rip, 1, Access::Fetch)?;
+        let physical = self.translate(linear, Access::Fetch, user)?.physical;
+        let key = Key {
+            physical,
+            rip: if mode == Mode::Bits64 { 0 } else { rip },
+            mode,
+            user,
+        };
+        let mut known = cache.find(&key);
+        if let Some(second) = known.and_then(|number| cache.block(number).second) {
+            let next = (linear | (PAGE - 1)).wrapping_add(1);
+            let now = self.translate(next, Access::Fetch, user)?.physical;
+            known = known.filter(|_| now == second);
+        }
+        let number = match known {
+            Some(number) => number,
+            None => {
+                let (block, generation) = self.translate_block(linear, u64::MAX)?;
+                cache.insert(&self.ram, key, block, generation)
+            }
+        };
+        let stamp = cache.stamp(self.tlb.generation, mode, user);
+        cache.remember(linear, stamp, number);
+        Ok(number)
     }
 }

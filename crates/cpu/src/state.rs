@@ -11,6 +11,8 @@ pub(crate) mod slot {
     pub(crate) const TEMP1: u8 = 17;
     pub(crate) const TEMP2: u8 = 18;
     pub(crate) const TEMP3: u8 = 19;
+    /// RIP of the first instruction of the block that is executed.
+    pub(crate) const START: u8 = 20;
     /// Always zero: the base or index of an address that has none.
     pub(crate) const ZERO: u8 = 24;
     /// Bases of ES, CS, SS, DS, FS and GS, in the encoding's order of segment registers.
