@@ -35,6 +35,10 @@ mod mmu;
 mod processor;
 mod state;
 mod system;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod translate;
 mod vector;
 mod x87;

@@ -141,8 +141,6 @@ pub(crate) struct Block {
     /// What `Complex` refers to, decoded as if the block were at `rip`.
     pub(crate) complex: Vec<Instruction>,
     pub(crate) rip: u64,
-    /// Physical address of the first byte.
-    pub(crate) physical: u64,
     /// Physical page that its only instruction goes on in.
     pub(crate) second: Option<u64>,
 }

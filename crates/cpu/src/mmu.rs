@@ -143,10 +143,10 @@ impl Processor {
         let offset = linear & (PAGE - 1);
         Ok(Location {
             physical: entry.physical + offset,
-            // SAFETY: inside the page, if there is one; else the null pointer, which stays null below.
             host: if entry.host.is_null() {
                 entry.host
             } else {
+                // SAFETY: inside the page of RAM.
                 unsafe { entry.host.add(offset as usize) }
             },
         })

@@ -215,27 +215,27 @@ impl Processor {
             return self.run_block(env, block, epoch, user);
         }
         // The flags that a whole block leaves out may be needed where this one ends.
-        let linear = self.state.rip.wrapping_add(self.code_base());
+        let linear = self.code_linear();
         match self.translate_block(linear, limit) {
             Ok((block, _)) => self.run_block(env, &block, epoch, user),
             Err(exception) => Ended::fault(exception),
         }
     }
 
-    /// What CS adds to RIP.
-    fn code_base(&self) -> u64 {
+    /// The linear address of RIP.
+    fn code_linear(&self) -> u64 {
         if self.state.mode() == Mode::Bits64 {
-            0
-        } else {
-            self.state.segment(SegmentName::Cs).base
+            return self.state.rip;
         }
+        let base = self.state.segment(SegmentName::Cs).base;
+        self.state.rip.wrapping_add(base) & 0xffff_ffff
     }
 
     /// The number of the block at RIP.
     #[inline]
     fn find_block(&mut self, cache: &mut BlockCache, user: bool) -> Result<u32, Exception> {
         let stamp = cache.stamp(self.tlb.generation, self.state.mode(), user);
-        let linear = self.state.rip.wrapping_add(self.code_base());
+        let linear = self.code_linear();
         match cache.recent(linear, stamp) {
             Some(number) if self.state.mode() == Mode::Bits64 => Ok(number),
             _ => self.find_block_by_address(cache, user),

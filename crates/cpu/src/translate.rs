@@ -98,7 +98,6 @@ impl Processor {
         let mut builder = Builder {
             block: Block {
                 rip: self.state.rip,
-                physical,
                 offsets: vec![0],
                 ..Block::default()
             },

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::arithmetic::signed;
 use super::{Exit, Frame, Step};
 use crate::error::{Exception, Vector};
-use crate::microop::{MicroOp, STACK};
+use crate::microop::{MicroOp, Op, STACK};
 
 const RSP: u8 = 4;
 
@@ -24,7 +24,11 @@ impl Frame<'_> {
         if canonical(linear) && canonical(linear.wrapping_add(u64::from(size) - 1)) {
             return Ok(());
         }
-        let vector = if op.mode & STACK != 0 {
+        let implied = matches!(
+            op.op,
+            Op::Push | Op::Pop | Op::Call | Op::CallTo | Op::Return
+        );
+        let vector = if implied || op.mode & STACK != 0 {
             Vector::StackFault
         } else {
             Vector::GeneralProtection

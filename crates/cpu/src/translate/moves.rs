@@ -195,6 +195,12 @@ impl Builder {
         Some(())
     }
 
+    /// An operation whose operands the instruction implies.
+    fn fixed(&mut self, op: Op, to: u8, from: u8, right: u8, imm: i64) -> Option<()> {
+        self.emit(op, to, from, right, imm);
+        Some(())
+    }
+
     /// Emits the instruction's operations, if it is one of these.
     pub(super) fn lower_move(&mut self, instruction: &Instruction) -> Option<()> {
         let mnemonic = instruction.mnemonic();
@@ -209,12 +215,12 @@ impl Builder {
             M::Xchg => self.exchange(instruction),
             M::Bswap => self.swap(instruction),
             M::Nop | M::Endbr64 | M::Endbr32 | M::Pause => Some(()),
-            M::Cdqe => Some(self.emit(Op::Extend32To64, RAX, RAX, slot::ZERO, 0)),
-            M::Cwde => Some(self.emit(Op::Extend16To32, RAX, RAX, slot::ZERO, 0)),
-            M::Cbw => Some(self.emit(Op::Extend8To16, RAX, RAX, slot::ZERO, 0)),
-            M::Cqo => Some(self.emit(Op::Sar64, RDX, RAX, slot::ZERO, 63)),
-            M::Cdq => Some(self.emit(Op::Sar32, RDX, RAX, slot::ZERO, 31)),
-            M::Cwd => Some(self.emit(Op::Sar16, RDX, RAX, slot::ZERO, 15)),
+            M::Cdqe => self.fixed(Op::Extend32To64, RAX, RAX, slot::ZERO, 0),
+            M::Cwde => self.fixed(Op::Extend16To32, RAX, RAX, slot::ZERO, 0),
+            M::Cbw => self.fixed(Op::Extend8To16, RAX, RAX, slot::ZERO, 0),
+            M::Cqo => self.fixed(Op::Sar64, RDX, RAX, slot::ZERO, 63),
+            M::Cdq => self.fixed(Op::Sar32, RDX, RAX, slot::ZERO, 31),
+            M::Cwd => self.fixed(Op::Sar16, RDX, RAX, slot::ZERO, 15),
             _ => self.conditional_move(instruction),
         }
     }
