@@ -231,7 +231,8 @@ fn flags_of_comparisons_are_the_processors() {
 #[test]
 fn fused_jumps_take_the_right_way() {
     type Jump = fn(&mut CodeAssembler, CodeLabel) -> Result<(), iced_x86::IcedError>;
-    let jumps: [(Jump, fn(i32, i32) -> bool); 10] = [
+    type Holds = fn(i32, i32) -> bool;
+    let jumps: [(Jump, Holds); 10] = [
         (|a, to| a.je(to), |l, r| l == r),
         (|a, to| a.jne(to), |l, r| l != r),
         (|a, to| a.jb(to), |l, r| (l as u32) < r as u32),
