@@ -124,7 +124,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_lseek,
-    libc::SYS_sendfile, // a kernel into guest memory
     libc::SYS_fstat,
     libc::SYS_statx, // std asks an open file for its length with it; Landlock keeps paths closed
     libc::SYS_close,
