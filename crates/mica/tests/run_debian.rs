@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use lab::{BOOT, Host, STEP};
 
 const LOGIN: &str = " login: ";
-const PROMPT: &str = "root@debian-test:~# ";
+const PROMPT: &str = "root@debian-socat:~# ";
 
 /// Logs in and leaves the guest at the shell's prompt.
 fn log_in(host: &mut Host) {
@@ -87,7 +87,7 @@ fn speaks_over_its_vsock(host: &mut Host) {
 
 #[test]
 fn the_debian_disk_on_kvm() {
-    let image = images::debian();
+    let image = images::debian_with_socat();
     let mut host = Host::start(|lab| {
         lab.disk(image.join("disk.raw"))
             .file(image.join("manifest.json"), "/home/images/debian.json")

@@ -18,7 +18,7 @@ use xtask::session::Session;
 
 const BOOT: Duration = Duration::from_secs(300);
 const STEP: Duration = Duration::from_secs(120);
-const PROMPT: &str = "root@debian-test:~# ";
+const PROMPT: &str = "root@debian-fio:~# ";
 const FIRMWARE: &str = "/usr/share/OVMF";
 
 /// Writes a file at random, reads it back and compares checksums, four times over.
@@ -62,7 +62,7 @@ fn writes(session: &mut Session) -> u64 {
 fn debian_boots_and_loses_nothing_when_its_backend_is_killed() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("sock"));
-    let image = images::debian().join("disk.raw");
+    let image = images::debian_with_fio().join("disk.raw");
     let copied = Command::new("cp")
         .args([
             "--sparse=always".as_ref(),

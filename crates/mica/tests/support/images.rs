@@ -9,11 +9,16 @@ pub(crate) fn tiny() -> PathBuf {
     image("tiny", &["tiny"])
 }
 
-/// The same for Debian with a package that speaks vsock and one that tests disks.
-pub(crate) fn debian() -> PathBuf {
-    let name = "debian-test";
-    let packages = ["--with", "socat", "--with", "fio"];
-    image(name, &[&["debian", "--name", name][..], &packages].concat())
+/// The same for Debian with a package that speaks vsock.
+pub(crate) fn debian_with_socat() -> PathBuf {
+    let name = "debian-socat";
+    image(name, &["debian", "--name", name, "--with", "socat"])
+}
+
+/// The same for Debian with a package that tests disks.
+pub(crate) fn debian_with_fio() -> PathBuf {
+    let name = "debian-fio";
+    image(name, &["debian", "--name", name, "--with", "fio"])
 }
 
 fn image(name: &str, arguments: &[&str]) -> PathBuf {
