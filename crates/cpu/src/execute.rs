@@ -35,6 +35,9 @@ impl Processor {
         if let Some(executed) = self.x87_instruction(env, instruction) {
             return executed;
         }
+        if let Some(executed) = self.system_instruction(env, instruction) {
+            return executed;
+        }
         Err(Exception::ud())
     }
 }

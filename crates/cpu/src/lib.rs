@@ -26,10 +26,11 @@ mod memory;
 mod mmu;
 mod processor;
 mod state;
+mod system;
 mod vector;
 mod x87;
 
 pub use error::{Exception, Vector};
 pub use memory::{Ram, RamRange};
-pub use processor::{Environment, Processor};
+pub use processor::{Environment, Processor, Stop};
 pub use state::{DescriptorTable, FxState, Mode, Segment, SegmentName, State};

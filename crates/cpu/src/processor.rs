@@ -1,23 +1,89 @@
 //! The processor, what surrounds it, and its step from one instruction to the next.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
-use crate::error::Exception;
+use crate::error::{Exception, Vector};
 use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
-use crate::state::{Mode, SegmentName, State};
+use crate::state::{Mode, SegmentName, State, rflags};
+use crate::system::TripleFault;
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
-/// What is around the processor's core. Called from inside [`Processor::step`].
+/// Instructions between two looks for interrupts that nobody announced.
+const LOOK_EVERY: u64 = 1024;
+
+/// What is around the processor's core. Called from inside [`Processor::run`]. What is not implemented
+/// is an empty board: no devices at ports, no MSRs, no interrupts, a clock that stands still.
 pub trait Environment {
+    /// An `in` instruction of 1, 2 or 4 bytes.
+    fn port_read(&self, port: u16, size: u8) -> u32 {
+        let _ = (port, size);
+        u32::MAX
+    }
+    /// An `out` instruction of 1, 2 or 4 bytes.
+    fn port_write(&self, port: u16, size: u8, value: u32) {
+        let _ = (port, size, value);
+    }
     /// A load of 1, 2, 4 or 8 bytes from a physical address outside RAM.
     fn memory_read(&self, address: u64, size: u8) -> u64;
     /// A store of 1, 2, 4 or 8 bytes to a physical address outside RAM.
     fn memory_write(&self, address: u64, size: u8, value: u64);
+    /// CPUID's EAX, EBX, ECX and EDX. The bit that mirrors CR4.OSXSAVE is the processor's.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let _ = (leaf, subleaf);
+        [0; 4]
+    }
+    /// The time-stamp counter.
+    fn tsc(&self) -> u64 {
+        0
+    }
+    /// The guest writes the time-stamp counter.
+    fn set_tsc(&self, value: u64) {
+        let _ = value;
+    }
+    /// Reads an MSR that is not of the core; nothing means #GP.
+    fn read_msr(&self, index: u32) -> Option<u64> {
+        let _ = index;
+        None
+    }
+    /// Writes an MSR that is not of the core; `false` means #GP.
+    fn write_msr(&self, index: u32, value: u64) -> bool {
+        let _ = (index, value);
+        false
+    }
+    /// The task-priority register as CR8 shows it.
+    fn task_priority(&self) -> u8 {
+        0
+    }
+    /// CR8 is written.
+    fn set_task_priority(&self, value: u8) {
+        let _ = value;
+    }
+    /// The vector of the interrupt to deliver now, which it acknowledges. Asked only when the guest
+    /// takes interrupts.
+    fn acknowledge_interrupt(&self) -> Option<u8> {
+        None
+    }
+    /// Whether an NMI waits; it is taken.
+    fn take_nmi(&self) -> bool {
+        false
+    }
+}
+
+/// Why [`Processor::run`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Somebody set the attention flag, or the instruction budget is used up.
+    Attention,
+    /// HLT, and no interrupt is there.
+    Halted,
+    /// A fault while delivering a double fault.
+    TripleFault,
 }
 
 /// One processor core.
@@ -26,6 +92,8 @@ pub struct Processor {
     pub state: State,
     pub(crate) ram: Arc<Ram>,
     pub(crate) tlb: Tlb,
+    /// Set by anybody who wants [`Processor::run`] to look up: a kick, an interrupt.
+    attention: Arc<AtomicBool>,
 }
 
 /// How an instruction went on.
@@ -50,12 +118,84 @@ impl Processor {
             state: State::default(),
             ram,
             tlb: Tlb::default(),
+            attention: Arc::default(),
         }
+    }
+
+    /// Set it to make [`Processor::run`] look up soon.
+    #[must_use]
+    pub fn attention(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.attention)
     }
 
     /// Call after changing [`Processor::state`] from outside: drops what was derived from it.
     pub fn state_changed(&mut self) {
         self.tlb.flush();
+    }
+
+    /// Executes the guest until it has to stop, at most `budget` instructions. One that faults counts,
+    /// too, so that a guest that only faults does not run for ever.
+    ///
+    /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
+    /// [`LOOK_EVERY`] instructions; who raises one sets the attention flag to have it delivered sooner.
+    pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
+        for count in 0..budget {
+            if self.attention.load(Ordering::Relaxed) {
+                break;
+            }
+            if count.is_multiple_of(LOOK_EVERY)
+                || self.state.halted
+                || self.state.flags & rflags::IF != 0
+            {
+                if self.take_interrupt(env).is_err() {
+                    return Stop::TripleFault;
+                }
+                if self.state.halted {
+                    return Stop::Halted;
+                }
+            }
+            let traps = self.state.flags & rflags::TF != 0;
+            let result = self.step(env);
+            let trap = (traps && !self.state.shadow).then(|| self.step_trap());
+            if let Some(exception) = result.err().or(trap)
+                && self.deliver_exception(env, exception).is_err()
+            {
+                return Stop::TripleFault;
+            }
+        }
+        self.attention.store(false, Ordering::SeqCst);
+        Stop::Attention
+    }
+
+    /// The trap after an instruction that began with TF set.
+    fn step_trap(&mut self) -> Exception {
+        const BS: u64 = 1 << 14;
+        self.state.dr[4] |= BS;
+        Exception::new(Vector::Debug)
+    }
+
+    /// Delivers an NMI or an interrupt if there is one and the guest takes it.
+    fn take_interrupt(&mut self, env: &dyn Environment) -> Result<(), TripleFault> {
+        const NMI: u8 = 2;
+        if self.state.shadow {
+            return Ok(());
+        }
+        if !self.state.nmi_blocked && env.take_nmi() {
+            self.state.halted = false;
+            self.deliver_interrupt(env, NMI)?;
+            self.state.nmi_blocked = true;
+            return Ok(());
+        }
+        if self.state.flags & rflags::IF == 0 {
+            return Ok(());
+        }
+        match env.acknowledge_interrupt() {
+            Some(vector) => {
+                self.state.halted = false;
+                self.deliver_interrupt(env, vector)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Executes one instruction, or a part of a repeated string instruction, which then stays where

@@ -36,13 +36,16 @@ fn child() {
     }
     // A thread from before the jail is inside it too.
     let (start, wait) = std::sync::mpsc::channel::<()>();
+    let (started, wait_started) = std::sync::mpsc::channel::<()>();
     let thread_deed = deed.clone();
     let thread = std::thread::spawn(move || {
+        started.send(()).unwrap();
         wait.recv().unwrap();
         if thread_deed == "open on another thread" {
             let _ = std::fs::File::open("/etc/passwd");
         }
     });
+    wait_started.recv().unwrap();
     jail::close_doors().unwrap();
     let left = jail::drop_system_calls(&[]).unwrap();
     start.send(()).unwrap();

@@ -119,6 +119,8 @@ impl Vcpus {
                 .spawn(move || shared.drive(index, &vcpu))?;
             set.threads.push(thread);
         }
+        // A thread that starts makes system calls that the jail forbids later.
+        set.wait_until_parked();
         Ok(set)
     }
 
@@ -134,6 +136,10 @@ impl Vcpus {
     /// Parks all vCPUs and returns when they are parked.
     pub fn pause(&self) {
         self.hold(Goal::Park);
+        self.wait_until_parked();
+    }
+
+    fn wait_until_parked(&self) {
         let mut progress = lock(&self.shared.progress);
         while progress.parked < self.vcpus.len() {
             progress = self
