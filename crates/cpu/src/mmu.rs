@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // accesses RAM by the host addresses that TLB entries hold
 
-mod access;
+pub(crate) mod access;
 mod walk;
 
 use crate::error::Exception;

@@ -32,6 +32,8 @@ impl Segment {
     pub(crate) const DEFAULT_BIG: u32 = 1 << 14;
     pub(crate) const PRESENT: u32 = 1 << 7;
     pub(crate) const UNUSABLE: u32 = 1 << 16;
+    /// The field of the descriptor privilege level.
+    pub(crate) const DPL: u32 = 3 << 5;
 
     /// The descriptor privilege level.
     #[must_use]

@@ -298,12 +298,12 @@ impl Processor {
 }
 
 /// Bits 47 to 63 are alike.
-const fn is_canonical(address: u64) -> bool {
+pub(crate) const fn is_canonical(address: u64) -> bool {
     (address as i64) << 16 >> 16 == address as i64
 }
 
 /// Whether a segment of protected mode may be accessed so.
-const fn allows(segment: &Segment, access: Access) -> bool {
+pub(crate) const fn allows(segment: &Segment, access: Access) -> bool {
     let unusable = segment.attributes & Segment::UNUSABLE != 0;
     if unusable || segment.attributes & Segment::PRESENT == 0 {
         return false;
@@ -320,7 +320,7 @@ const fn allows(segment: &Segment, access: Access) -> bool {
 
 /// Whether the offsets `first` to `last` are inside the limit, which is below them where the segment
 /// expands down.
-const fn contains(segment: &Segment, first: u64, last: u64) -> bool {
+pub(crate) const fn contains(segment: &Segment, first: u64, last: u64) -> bool {
     let limit = segment.limit as u64;
     if segment.attributes & 0xc != 4 {
         return last <= limit;
