@@ -34,6 +34,8 @@ const TARGETS: &[(&str, Target)] = &[
         virtio::vhost_user::fuzz::fuzz_vhost_user_net_control,
     ),
     ("control", vmm::control::fuzz_control),
+    ("cpu-instructions", mica_cpu::fuzz::fuzz_cpu_instructions),
+    ("cpu-tables", mica_cpu::fuzz::fuzz_cpu_tables),
     ("block-requests", mica_storage::fuzz::fuzz_block_requests),
 ];
 

@@ -22,6 +22,7 @@
 mod error;
 mod execute;
 mod flags;
+pub mod fuzz;
 mod memory;
 mod mmu;
 mod processor;

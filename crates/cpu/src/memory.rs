@@ -19,6 +19,8 @@ pub struct RamRange {
     start: u64,
     len: u64,
     host: *mut u8,
+    /// The memory itself, where nobody else owns it.
+    _own: Option<Box<[AtomicU64]>>,
 }
 
 // SAFETY: `host` is only ever used for atomic accesses, which any thread may do.
@@ -40,7 +42,27 @@ impl RamRange {
                 && len.is_multiple_of(PAGE)
                 && (host as u64).is_multiple_of(PAGE)
         );
-        Self { start, len, host }
+        Self {
+            start,
+            len,
+            host,
+            _own: None,
+        }
+    }
+
+    /// RAM of zeros at guest physical `start` that nobody but its guest uses. Start and length are
+    /// multiples of a page.
+    #[must_use]
+    pub fn zeroed(start: u64, len: u64) -> Self {
+        let words = (len + PAGE) / 8;
+        let own: Box<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let host = own.as_ptr().cast::<u8>().cast_mut();
+        let host = host.wrapping_add(host.align_offset(PAGE as usize));
+        Self {
+            _own: Some(own),
+            // SAFETY: an aligned part of what the range itself owns, reached by atomics only.
+            ..unsafe { Self::new(start, len, host) }
+        }
     }
 }
 

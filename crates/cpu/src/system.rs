@@ -20,8 +20,6 @@ mod stack;
 mod syscall;
 mod table;
 mod task;
-#[cfg(test)]
-mod tests;
 mod transfer;
 
 use iced_x86::Instruction;
