@@ -18,7 +18,7 @@
 //! Inside, KVM is correct but slow: an exit to user space costs tens of microseconds. Deadlines
 //! of tests should be generous and their guests small.
 
-mod initramfs;
+pub mod initramfs;
 mod kernel;
 
 pub use kernel::Kernel;

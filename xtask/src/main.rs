@@ -35,6 +35,9 @@ enum Command {
     /// The part of a bench that runs inside the KVM lab.
     #[command(hide = true)]
     LabSide(bench::LabSide),
+    /// The first process of `bench cpu`'s guest.
+    #[command(hide = true)]
+    BenchGuest,
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::LabSide(arguments) => bench::lab_side(&arguments),
+        Command::BenchGuest => bench::guest_side(),
         Command::Demo => demo::run(),
         Command::KvmLab(arguments) => {
             return kvm_lab::run(&arguments).unwrap_or_else(|error| fail(&error));

@@ -5,10 +5,12 @@
 //! warm-up each.
 
 mod boot;
+mod cpu;
 mod footprint;
 mod peers;
 mod process;
 mod trace;
+mod workloads;
 
 use std::path::PathBuf;
 
@@ -27,6 +29,11 @@ const BENCHES: &[Bench] = &[
         name: "boot",
         about: "from exec to the first guest instruction and to the guest's user space",
         run: boot::run,
+    },
+    Bench {
+        name: "cpu",
+        about: "the processor in software at eight kinds of work",
+        run: cpu::run,
     },
     Bench {
         name: "footprint",
@@ -143,6 +150,8 @@ pub(crate) fn all() -> Result<()> {
         peers_only: false,
     })
 }
+
+pub(crate) use workloads::guest_side;
 
 /// The part inside the lab: measures by the plan and prints one sample a line.
 pub(crate) fn lab_side(arguments: &LabSide) -> Result<()> {

@@ -12,14 +12,15 @@ const EXECUTABLE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
 /// Writes the archive; parents of what is added are created on the way.
-pub(super) struct Archive<W> {
+pub struct Archive<W> {
     out: W,
     directories: BTreeSet<String>,
     entries: u32,
 }
 
 impl<W: Write> Archive<W> {
-    pub(super) fn new(out: W) -> Archive<W> {
+    /// An empty archive.
+    pub fn new(out: W) -> Archive<W> {
         Archive {
             out,
             directories: BTreeSet::new(),
@@ -27,7 +28,12 @@ impl<W: Write> Archive<W> {
         }
     }
 
-    pub(super) fn directory(&mut self, path: &str) -> io::Result<()> {
+    /// Adds a folder with its parents.
+    ///
+    /// # Errors
+    ///
+    /// The archive cannot be written; so for all that add something.
+    pub fn directory(&mut self, path: &str) -> io::Result<()> {
         let mut name = String::new();
         for part in Path::new(path).components() {
             let Component::Normal(part) = part else {
@@ -44,19 +50,42 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    pub(super) fn file(&mut self, path: &str, executable: bool, data: &[u8]) -> io::Result<()> {
+    /// Adds a file.
+    ///
+    /// # Errors
+    ///
+    /// See [`Archive::directory`].
+    pub fn file(&mut self, path: &str, executable: bool, data: &[u8]) -> io::Result<()> {
         self.parent(path)?;
         let mode = if executable { EXECUTABLE } else { FILE };
         self.entry(path.trim_start_matches('/'), mode, (0, 0), data)
     }
 
     /// The kernel opens `/dev/console` for the first process before anything is mounted.
-    pub(super) fn console(&mut self) -> io::Result<()> {
-        self.parent("dev/console")?;
-        self.entry("dev/console", CHARACTER_DEVICE, (5, 1), &[])
+    ///
+    /// # Errors
+    ///
+    /// See [`Archive::directory`].
+    pub fn console(&mut self) -> io::Result<()> {
+        self.device("dev/console", (5, 1))
     }
 
-    pub(super) fn finish(mut self) -> io::Result<W> {
+    /// Adds a character device by its major and minor number.
+    ///
+    /// # Errors
+    ///
+    /// See [`Archive::directory`].
+    pub fn device(&mut self, path: &str, number: (u32, u32)) -> io::Result<()> {
+        self.parent(path)?;
+        self.entry(path, CHARACTER_DEVICE, number, &[])
+    }
+
+    /// Ends the archive.
+    ///
+    /// # Errors
+    ///
+    /// See [`Archive::directory`].
+    pub fn finish(mut self) -> io::Result<W> {
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;
         self.out.flush()?;
         Ok(self.out)

@@ -102,7 +102,7 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
         .collect()
 }
 
-fn build_mica() -> Result<PathBuf> {
+pub(super) fn build_mica() -> Result<PathBuf> {
     error::run(
         Command::new(env!("CARGO"))
             .current_dir(workspace::root())
@@ -112,7 +112,7 @@ fn build_mica() -> Result<PathBuf> {
     Ok(workspace::binary("mica", "release"))
 }
 
-fn build_guest(mica: &Path) -> Result<PathBuf> {
+pub(super) fn build_guest(mica: &Path) -> Result<PathBuf> {
     let home = workspace::target_directory().join("demo");
     error::run(
         Command::new(mica)
@@ -204,7 +204,7 @@ fn microvms(command_line: &str) -> Vec<Vmm> {
     vmms
 }
 
-fn vmm(name: &str, argv: &[&str]) -> Vmm {
+pub(super) fn vmm(name: &str, argv: &[&str]) -> Vmm {
     Vmm {
         name: name.into(),
         argv: argv.iter().map(|word| (*word).to_owned()).collect(),

@@ -54,6 +54,11 @@ impl Running {
 
     /// Waits for the guest's user space; returns the milliseconds since exec.
     pub(super) fn wait_for_user_space(&mut self) -> Result<f64> {
+        self.wait_for(USER_SPACE)
+    }
+
+    /// Waits for a line with `text` in it; returns the milliseconds since exec.
+    pub(super) fn wait_for(&mut self, text: &str) -> Result<f64> {
         let mut seen = Vec::new();
         loop {
             let start = seen.len();
@@ -71,7 +76,7 @@ impl Running {
                     "the guest ended early:\n{seen}{errors}"
                 )));
             }
-            if String::from_utf8_lossy(&seen[start..]).contains(USER_SPACE) {
+            if String::from_utf8_lossy(&seen[start..]).contains(text) {
                 return Ok(self.executed.elapsed().as_secs_f64() * 1e3);
             }
         }
