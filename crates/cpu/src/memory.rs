@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)] // guest memory is shared with other threads and processes
 
+use std::any::Any;
 use std::arch::asm;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -19,8 +20,8 @@ pub struct RamRange {
     start: u64,
     len: u64,
     host: *mut u8,
-    /// The memory itself, where nobody else owns it.
-    _own: Option<Box<[AtomicU64]>>,
+    /// What keeps the memory mapped, where that is not the caller's task.
+    _owner: Option<Box<dyn Any + Send + Sync>>,
 }
 
 // SAFETY: `host` is only ever used for atomic accesses, which any thread may do.
@@ -46,7 +47,27 @@ impl RamRange {
             start,
             len,
             host,
-            _own: None,
+            _owner: None,
+        }
+    }
+
+    /// The same, where the memory stays mapped as long as `owner` exists.
+    ///
+    /// # Safety
+    ///
+    /// `owner` keeps the memory mapped, readable and writable, and nobody holds a Rust reference to any
+    /// of it.
+    #[must_use]
+    pub unsafe fn owned_by(
+        owner: impl Any + Send + Sync,
+        start: u64,
+        len: u64,
+        host: *mut u8,
+    ) -> Self {
+        Self {
+            _owner: Some(Box::new(owner)),
+            // SAFETY: the caller's, and the owner lives as long as the range.
+            ..unsafe { Self::new(start, len, host) }
         }
     }
 
@@ -58,11 +79,8 @@ impl RamRange {
         let own: Box<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
         let host = own.as_ptr().cast::<u8>().cast_mut();
         let host = host.wrapping_add(host.align_offset(PAGE as usize));
-        Self {
-            _own: Some(own),
-            // SAFETY: an aligned part of what the range itself owns, reached by atomics only.
-            ..unsafe { Self::new(start, len, host) }
-        }
+        // SAFETY: an aligned part of what it owns, reached by atomics only.
+        unsafe { Self::owned_by(own, start, len, host) }
     }
 }
 

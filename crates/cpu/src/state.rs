@@ -82,6 +82,52 @@ pub struct FxState {
     pub rest: [[u8; 16]; 6],
 }
 
+impl FxState {
+    /// The 512 bytes of FXSAVE.
+    #[must_use]
+    pub fn to_image(&self) -> [u8; 512] {
+        let mut image = [0; 512];
+        image[0..2].copy_from_slice(&self.fcw.to_le_bytes());
+        image[2..4].copy_from_slice(&self.fsw.to_le_bytes());
+        image[4] = self.ftw;
+        image[6..8].copy_from_slice(&self.fop.to_le_bytes());
+        image[8..16].copy_from_slice(&self.fip.to_le_bytes());
+        image[16..24].copy_from_slice(&self.fdp.to_le_bytes());
+        image[24..28].copy_from_slice(&self.mxcsr.to_le_bytes());
+        image[28..32].copy_from_slice(&self.mxcsr_mask.to_le_bytes());
+        let registers = self.st.iter().chain(&self.xmm).chain(&self.rest);
+        for (bytes, register) in image[32..].chunks_exact_mut(16).zip(registers) {
+            bytes.copy_from_slice(register);
+        }
+        image
+    }
+
+    /// From the 512 bytes that FXRSTOR takes.
+    #[must_use]
+    pub fn from_image(image: &[u8; 512]) -> Self {
+        let word = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
+        let double = |at: usize| u32::from(word(at)) | u32::from(word(at + 2)) << 16;
+        let quad = |at: usize| u64::from(double(at)) | u64::from(double(at + 4)) << 32;
+        let mut state = Self {
+            fcw: word(0),
+            fsw: word(2),
+            ftw: image[4],
+            fop: word(6),
+            fip: quad(8),
+            fdp: quad(16),
+            mxcsr: double(24),
+            ..Self::default()
+        };
+        // Reserved bits would fault in the host's own instruction.
+        state.mxcsr &= state.mxcsr_mask;
+        let registers = state.st.iter_mut().chain(&mut state.xmm);
+        for (register, bytes) in registers.zip(image[32..].chunks_exact(16)) {
+            register.copy_from_slice(bytes);
+        }
+        state
+    }
+}
+
 impl Default for FxState {
     /// As after FNINIT and reset of MXCSR.
     fn default() -> Self {

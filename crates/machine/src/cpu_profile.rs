@@ -13,6 +13,7 @@
 //! Why the vendor is the host's, and where the frozen numbers come from:
 //! `docs/decisions/003-cpu-profiles.md`.
 
+mod emulated;
 mod features;
 mod frozen;
 mod table;
@@ -23,6 +24,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use emulated::ARCH_CAPABILITIES;
 pub use features::{Feature, Register};
 pub use table::{CpuidLeaf, CpuidTable};
 

@@ -9,6 +9,7 @@
 
 mod boot_state;
 pub mod state;
+mod unknown_msrs;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::dirty::DirtySource;
 use state::{PlatformState, VcpuState};
+pub(crate) use unknown_msrs::UnknownMsrs;
 
 /// Where a vCPU's accesses outside RAM go.
 pub trait BusAccess: Send + Sync {

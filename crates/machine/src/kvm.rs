@@ -48,14 +48,14 @@ pub use runtime::RUNTIME_IOCTLS;
 use crate::cpu_profile::{CpuProfile, CpuidTable};
 use crate::engine::state::PlatformState;
 use crate::engine::{
-    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MsiVector, Vcpu,
+    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MsiVector, UnknownMsrs,
+    Vcpu,
 };
 use crate::memory::GuestMemory;
 use crate::memory::dirty::DirtySource;
 use dirty::KvmDirtyLog;
 use doorbell::Doorbells;
 use irq::Interrupts;
-use msr::UnknownMsrs;
 use vcpu::{KvmVcpu, VcpuContext};
 use vm::Vm;
 

@@ -12,6 +12,7 @@
 #![allow(unsafe_code)] // madvise takes an address; everything else here is safe
 
 pub mod dirty;
+mod processor;
 
 use std::fs::File;
 use std::io;
@@ -28,6 +29,8 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
+
+pub use processor::processor_ram;
 
 use crate::layout;
 

@@ -16,14 +16,27 @@
 //! between the engines.
 
 pub mod apic_timer;
+mod board;
 pub mod clock;
+mod dirty;
+pub mod engine;
 pub mod io_apic;
+mod line;
 pub mod local_apic;
 pub mod message;
+mod msi;
+mod msr;
 pub mod pic;
 pub mod pit;
 pub mod platform;
+mod signals;
+mod state;
+mod time;
 pub mod tsc;
+mod vcpu;
+mod waker;
+
+pub use engine::{MAX_VCPUS, SoftConfig, SoftEngine};
 
 /// A guest's access that the processor answers with a general protection fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -46,6 +46,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
     let source = Source::resolve(&options)?;
     let (mut control, name) = control_socket(&options, &source)?;
     let engine = engine::choose(options.engine)?;
+    let engine_name = engine.name();
 
     let target = options.console.clone().unwrap_or(match output {
         OutputFormat::Text => ConsoleTarget::Stdio,
@@ -85,8 +86,11 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
         memory: options.memory,
         huge_pages: options.huge_pages,
         cpu_profile: options.cpu_profile,
-        engine: EngineConfig::Kvm {
-            device: attachments.attach(engine.device),
+        engine: match engine.device {
+            Some(device) => EngineConfig::Kvm {
+                device: attachments.attach(device),
+            },
+            None => EngineConfig::Soft,
         },
         boot: source.boot_config(&options, &mut attachments)?,
         serial,
@@ -110,7 +114,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
     let reporter = Reporter::new(output, &name, raw);
     reporter.supervisor(&SupervisorEvent::Starting {
         name: name.clone(),
-        engine: "kvm".to_owned(),
+        engine: engine_name.to_owned(),
         reason: engine.reason,
         vcpus: options.cpus,
         memory: options.memory.0,

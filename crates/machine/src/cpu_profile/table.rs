@@ -92,6 +92,13 @@ impl CpuidTable {
             .find(|entry| entry.leaf == leaf && entry.subleaf.is_none_or(|index| index == subleaf))
     }
 
+    /// EAX, EBX, ECX and EDX of an answer.
+    #[must_use]
+    pub fn answer(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.get(leaf, subleaf)
+            .map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+    }
+
     /// One register of an answer.
     #[must_use]
     pub fn register(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {

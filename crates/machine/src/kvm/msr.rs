@@ -1,11 +1,7 @@
-//! Model-specific registers: which are part of a vCPU's state, and which nobody knows.
+//! Model-specific registers: which are part of a vCPU's state.
 
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use super::lock;
 
 /// IA32_TIME_STAMP_COUNTER: a field of its own in the state.
 pub(super) const TSC: u32 = 0x10;
@@ -58,41 +54,6 @@ pub(super) fn candidates(listed: &[u32], banks: u8) -> Vec<u32> {
         .collect()
 }
 
-/// How many different unknown registers are remembered, and so logged, before the rest is only
-/// counted.
-const MAX_NAMED: usize = 64;
-
-/// The guest's accesses to registers that KVM does not know.
-#[derive(Default)]
-pub(super) struct UnknownMsrs {
-    accesses: AtomicU64,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Default)]
-struct Seen {
-    all: HashSet<u32>,
-    fresh: Vec<u32>,
-}
-
-impl UnknownMsrs {
-    pub(super) fn note(&self, index: u32) {
-        self.accesses.fetch_add(1, Ordering::Relaxed);
-        let mut seen = lock(&self.seen);
-        if seen.all.len() < MAX_NAMED && seen.all.insert(index) {
-            seen.fresh.push(index);
-        }
-    }
-
-    pub(super) fn accesses(&self) -> u64 {
-        self.accesses.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn take_fresh(&self) -> Vec<u32> {
-        std::mem::take(&mut lock(&self.seen).fresh)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,17 +67,5 @@ mod tests {
         assert!(candidates.contains(&0x407) && !candidates.contains(&0x408));
         let distinct: HashSet<_> = candidates.iter().collect();
         assert_eq!(distinct.len(), candidates.len());
-    }
-
-    #[test]
-    fn a_scan_of_all_registers_does_not_grow_the_log() {
-        let unknown = UnknownMsrs::default();
-        for index in 0..10_000 {
-            unknown.note(index);
-            unknown.note(index);
-        }
-        assert_eq!(unknown.accesses(), 20_000);
-        assert_eq!(unknown.take_fresh().len(), MAX_NAMED);
-        assert!(unknown.take_fresh().is_empty());
     }
 }

@@ -11,13 +11,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::kick::{self, KickHandle};
-use super::msr::UnknownMsrs;
 use super::run_page::RunPage;
 use super::vm::Vm;
 use super::{cpuid, runtime, vcpu_state};
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::VcpuState;
-use crate::engine::{BusAccess, EngineError, Exit, Kick, Vcpu};
+use crate::engine::{BusAccess, EngineError, Exit, Kick, UnknownMsrs, Vcpu};
 
 /// What all vCPUs of a VM share.
 pub(super) struct VcpuContext {

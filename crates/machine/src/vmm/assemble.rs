@@ -34,6 +34,7 @@ use crate::layout::{gsi, port};
 use crate::legacy::{self, I8042, Power, PvPanic, Rtc, Serial};
 use crate::memory::{self, GuestMemory, MemoryError, MemoryOptions};
 use crate::pci::{PciError, PciRoot, Subscriber};
+use crate::soft::{SoftConfig, SoftEngine};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::Console;
@@ -129,18 +130,27 @@ pub(super) fn assemble(
         huge_pages: config.huge_pages,
     };
     let memory = memory::allocate(config.memory, &options)?;
-    let engine = match &config.engine {
-        EngineConfig::Kvm { device } => Arc::new(KvmEngine::new(
-            fds.take(*device)?,
-            KvmConfig {
+    let (vcpus, profile) = (config.vcpus, config.cpu_profile);
+    let (engine, interrupts): (Arc<dyn Engine>, Arc<dyn InterruptSource>) = match &config.engine {
+        EngineConfig::Kvm { device } => {
+            let config = KvmConfig {
                 memory: memory.clone(),
-                vcpus: config.vcpus,
-                profile: config.cpu_profile,
-            },
-        )?),
+                vcpus,
+                profile,
+            };
+            both(Arc::new(KvmEngine::new(fds.take(*device)?, config)?))
+        }
+        EngineConfig::Soft => {
+            let config = SoftConfig {
+                memory: memory.clone(),
+                vcpus,
+                profile,
+            };
+            both(Arc::new(SoftEngine::new(config)?))
+        }
     };
     let mut assembler = Assembler {
-        interrupts: engine.clone(),
+        interrupts,
         pci: PciRoot::new(config.memory.0, engine.as_ref()),
         engine,
         memory,
@@ -164,6 +174,11 @@ pub(super) fn assemble(
     assembler.add_virtio(config, fds, &mut handles)?;
     assembler.add_backends(config, fds, &mut handles)?;
     assembler.finish(config, fds, handles)
+}
+
+/// An engine as the machine sees it, and as devices do.
+fn both<E: Engine + 'static>(engine: Arc<E>) -> (Arc<dyn Engine>, Arc<dyn InterruptSource>) {
+    (engine.clone(), engine)
 }
 
 fn device<'a>(name: &'a str) -> impl Fn(io::Error) -> AssembleError + 'a {

@@ -192,6 +192,8 @@ pub enum EngineConfig {
         /// `/dev/kvm`, open for reading and writing.
         device: FdIndex,
     },
+    /// The processor in software.
+    Soft,
 }
 
 /// What a guest boots from. Whatever it is, the jailed process reads it, not the supervisor.

@@ -75,6 +75,7 @@ fn run_machine(channel: &Rc<Channel>) -> Result<StopReason, ProcessError> {
     let mut event_loop = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     let ioctls = match config.engine {
         EngineConfig::Kvm { .. } => kvm::RUNTIME_IOCTLS,
+        EngineConfig::Soft => &[],
     };
     let system_calls = jail::drop_system_calls(ioctls)?;
     let event = |event| channel.send(&FromVm::Event(event), Attachments::default());

@@ -1,7 +1,6 @@
 //! Which engine executes the guest, and why.
 //!
-//! KVM is the only engine so far, so `auto` and `kvm` end the same way on every host; they will not
-//! once there is a processor in software to fall back on.
+//! `auto` takes KVM where its probe is satisfied and the processor in software elsewhere.
 
 use std::error::Error;
 use std::fs;
@@ -16,10 +15,24 @@ use crate::runtime;
 
 /// A chosen engine.
 pub(crate) struct Engine {
-    /// `/dev/kvm`, open.
-    pub(crate) device: OwnedFd,
+    /// `/dev/kvm`, open, for KVM; nothing for the processor in software.
+    pub(crate) device: Option<OwnedFd>,
     /// Why this engine, for people.
     pub(crate) reason: String,
+}
+
+impl Engine {
+    /// As users name it.
+    pub(crate) fn name(&self) -> &'static str {
+        if self.device.is_some() { "kvm" } else { "soft" }
+    }
+
+    fn soft(reason: impl Into<String>) -> Self {
+        Self {
+            device: None,
+            reason: reason.into(),
+        }
+    }
 }
 
 /// What a probe has found, kept until the host boots anew.
@@ -34,17 +47,25 @@ struct Probed {
 ///
 /// # Errors
 ///
-/// KVM is not there or not fit, and why.
+/// KVM was asked for and is not there or not fit, and why.
 pub(crate) fn choose(choice: EngineChoice) -> Result<Engine, Box<dyn Error>> {
-    let refused = |error: ProbeError| match choice {
-        EngineChoice::Kvm => format!("engine kvm: {error}"),
-        EngineChoice::Auto => format!("no engine can run a guest on this host: {error}"),
-    };
-    let device = kvm::open().map_err(refused)?;
+    match choice {
+        EngineChoice::Soft => Ok(Engine::soft("asked for")),
+        EngineChoice::Kvm => Ok(choose_kvm().map_err(|error| {
+            format!("engine kvm: {error}; --engine soft needs nothing of the host")
+        })?),
+        EngineChoice::Auto => {
+            Ok(choose_kvm().unwrap_or_else(|error| Engine::soft(format!("no KVM: {error}"))))
+        }
+    }
+}
+
+fn choose_kvm() -> Result<Engine, ProbeError> {
+    let device = kvm::open()?;
     let probed = match remembered() {
         Some(probed) => probed,
         None => {
-            let report = kvm::probe(&device).map_err(refused)?;
+            let report = kvm::probe(&device)?;
             let boot = boot_identifier().unwrap_or_default();
             let probed = Probed {
                 boot,
@@ -54,8 +75,10 @@ pub(crate) fn choose(choice: EngineChoice) -> Result<Engine, Box<dyn Error>> {
             probed
         }
     };
-    let reason = format!("ring 0 at {} MIPS or more", probed.mips);
-    Ok(Engine { device, reason })
+    Ok(Engine {
+        device: Some(device),
+        reason: format!("ring 0 at {} MIPS or more", probed.mips),
+    })
 }
 
 fn boot_identifier() -> Option<String> {

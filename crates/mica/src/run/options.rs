@@ -147,8 +147,10 @@ pub(crate) enum EngineChoice {
     /// The best that works on this host.
     #[default]
     Auto,
-    /// The host kernel's hypervisor, even where it is slow.
+    /// The host kernel's hypervisor.
     Kvm,
+    /// The processor in software, which needs nothing of the host.
+    Soft,
 }
 
 /// Which device the console is.

@@ -1,0 +1,260 @@
+//! The engine that needs nothing of the host: a processor in software with the chips of this module.
+//!
+//! ```text
+//!  vcpu      run loop, waiting, INIT and SIPI     board    what surrounds a processor's core
+//!  signals   the thread for timers and MSIs       msi      message-signalled vectors
+//!  line      interrupt lines                      msr      registers that only hold values
+//!  state     out to the neutral structures and in again
+//! ```
+//!
+//! A vCPU is a host thread; a halted one sleeps on a condition variable. One more thread waits for the
+//! timers' next deadline and for the eventfds of MSI vectors, which devices and other processes signal.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, RwLock, Weak};
+
+use mica_cpu::Ram;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::dirty::SoftDirtyLog;
+use super::line::Lines;
+use super::msi::Vector;
+use super::platform::Platform;
+use super::signals::Signals;
+use super::time;
+use super::tsc::Tsc;
+use super::vcpu::SoftVcpu;
+use super::waker::Waker;
+use crate::bus::lock;
+use crate::cpu_profile::{CpuProfile, CpuidTable};
+use crate::engine::state::PlatformState;
+use crate::engine::{
+    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MsiVector, UnknownMsrs,
+    Vcpu,
+};
+use crate::memory::dirty::DirtySource;
+use crate::memory::{GuestMemory, processor_ram};
+
+/// The most vCPUs of a guest: APIC IDs are a byte, and 255 addresses all of them.
+pub const MAX_VCPUS: u32 = 254;
+/// The frequency of the time-stamp counter: it counts nanoseconds.
+const TSC_KHZ: u32 = 1_000_000;
+/// The most MSI vectors, as many as KVM has.
+const MAX_MSI_VECTORS: usize = 4096;
+
+/// What a [`SoftEngine`] executes.
+pub struct SoftConfig {
+    /// The guest's RAM.
+    pub memory: GuestMemory,
+    /// How many vCPUs it will have, 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// The processor that the guest sees; `host` is all that this engine has, which is level 2.
+    pub profile: CpuProfile,
+}
+
+/// What the vCPUs of a machine and its other threads share.
+pub(super) struct Shared {
+    pub(super) memory: GuestMemory,
+    pub(super) ram: Arc<Ram>,
+    pub(super) platform: Arc<Platform>,
+    pub(super) waker: Arc<Waker>,
+    pub(super) doorbells: RwLock<HashMap<DoorbellAddress, EventFd>>,
+    pub(super) unknown_msrs: UnknownMsrs,
+}
+
+impl Shared {
+    /// Signals the doorbell at an address, if there is one.
+    pub(super) fn ring(&self, address: DoorbellAddress) -> bool {
+        let doorbells = self
+            .doorbells
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        match doorbells.get(&address) {
+            // Fails only when the counter is full, and then it is signalled anyway.
+            Some(eventfd) => {
+                let _ = eventfd.write(1);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// One VM on processors in software.
+pub struct SoftEngine {
+    shared: Arc<Shared>,
+    signals: Arc<Signals>,
+    lines: Arc<Lines>,
+    vectors: Mutex<Vec<Weak<Vector>>>,
+    cpuid: CpuidTable,
+    vcpus: u32,
+    created: Mutex<Vec<bool>>,
+}
+
+impl SoftEngine {
+    /// Makes the chips and starts the thread behind them; there is no vCPU yet.
+    ///
+    /// # Errors
+    ///
+    /// The profile asks for more than the processor has, or the system refuses a descriptor or a
+    /// thread.
+    pub fn new(config: SoftConfig) -> Result<Self, EngineError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            let reason = format!("{} vCPUs; possible are 1 to {MAX_VCPUS}", config.vcpus);
+            return Err(EngineError::new("create VM", invalid(reason)));
+        }
+        let profile = match config.profile {
+            CpuProfile::Host => CpuProfile::X86_64V2,
+            profile => profile,
+        };
+        let cpuid = profile
+            .resolve(&CpuidTable::emulated(), config.vcpus)
+            .map_err(|error| {
+                let reason = format!("{error}; the software engine has x86-64-v2");
+                EngineError::new("CPU profile", invalid(reason))
+            })?;
+        let now_ns = time::now_ns();
+        let system = |error| EngineError::new("create VM", error);
+        let waker = Arc::new(Waker::new(config.vcpus as usize).map_err(system)?);
+        let platform = Arc::new(Platform::new(
+            config.vcpus as usize,
+            Tsc::new(TSC_KHZ, 0, now_ns),
+            now_ns,
+            Arc::clone(&waker),
+        ));
+        waker.attach(&platform);
+        let shared = Arc::new(Shared {
+            ram: Arc::new(processor_ram(&config.memory)),
+            memory: config.memory,
+            platform,
+            waker,
+            doorbells: RwLock::default(),
+            unknown_msrs: UnknownMsrs::default(),
+        });
+        let signals = Signals::start(Arc::clone(&shared)).map_err(system)?;
+        Ok(Self {
+            lines: Lines::new(Arc::clone(&shared.platform)),
+            signals,
+            shared,
+            vectors: Mutex::default(),
+            cpuid,
+            vcpus: config.vcpus,
+            created: Mutex::new(vec![false; config.vcpus as usize]),
+        })
+    }
+}
+
+impl Engine for SoftEngine {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        let refuse =
+            |reason: String| EngineError::new(format!("create vCPU {index}"), invalid(reason));
+        let mut created = lock(&self.created);
+        match created.get_mut(index as usize) {
+            None => return Err(refuse(format!("the VM has {} vCPUs", self.vcpus))),
+            Some(true) => return Err(refuse("it exists".into())),
+            Some(created) => *created = true,
+        }
+        Ok(Box::new(SoftVcpu::new(
+            Arc::clone(&self.shared),
+            index as usize,
+            self.cpuid.for_vcpu(index),
+        )))
+    }
+
+    fn dirty_source(&self) -> Arc<dyn DirtySource> {
+        Arc::new(SoftDirtyLog::new(Arc::clone(&self.shared)))
+    }
+
+    fn save_platform(&self) -> Result<PlatformState, EngineError> {
+        let realtime = time::realtime_ns();
+        Ok(self.shared.platform.save(time::now_ns(), Some(realtime)))
+    }
+
+    fn restore_platform(&self, state: &PlatformState) -> Result<(), EngineError> {
+        self.shared.platform.restore(state, time::now_ns());
+        Ok(())
+    }
+
+    fn reset_platform(&self) -> Result<(), EngineError> {
+        self.shared.platform.reset(time::now_ns());
+        Ok(())
+    }
+
+    fn unknown_msr_accesses(&self) -> u64 {
+        self.shared.unknown_msrs.accesses()
+    }
+
+    fn take_unknown_msrs(&self) -> Vec<u32> {
+        self.shared.unknown_msrs.take_fresh()
+    }
+}
+
+impl InterruptSource for SoftEngine {
+    fn line(&self, gsi: u32) -> Arc<dyn InterruptLine> {
+        self.lines.line(gsi)
+    }
+
+    fn msi_vector(&self) -> Result<Arc<dyn MsiVector>, EngineError> {
+        let mut vectors = lock(&self.vectors);
+        vectors.retain(|vector| vector.strong_count() > 0);
+        if vectors.len() >= MAX_MSI_VECTORS {
+            let reason = format!("all {MAX_MSI_VECTORS} are taken");
+            return Err(EngineError::new("create MSI vector", invalid(reason)));
+        }
+        let vector = Vector::new(Arc::clone(&self.signals))
+            .map_err(|error| EngineError::new("create MSI vector", error))?;
+        vectors.push(Arc::downgrade(&vector));
+        Ok(vector)
+    }
+
+    fn add_doorbell(&self, address: DoorbellAddress, eventfd: &EventFd) -> Result<(), EngineError> {
+        let mut doorbells = self.doorbells();
+        let Entry::Vacant(entry) = doorbells.entry(address) else {
+            let reason = format!("{address:?} has one already");
+            return Err(EngineError::new("add doorbell", invalid(reason)));
+        };
+        let kept = eventfd
+            .try_clone()
+            .map_err(|error| EngineError::new("add doorbell", error))?;
+        entry.insert(kept);
+        Ok(())
+    }
+
+    fn remove_doorbell(
+        &self,
+        address: DoorbellAddress,
+        _eventfd: &EventFd,
+    ) -> Result<(), EngineError> {
+        match self.doorbells().remove(&address) {
+            Some(_) => Ok(()),
+            None => {
+                let reason = format!("{address:?} has none");
+                Err(EngineError::new("remove doorbell", invalid(reason)))
+            }
+        }
+    }
+}
+
+impl SoftEngine {
+    fn doorbells(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<DoorbellAddress, EventFd>> {
+        self.shared
+            .doorbells
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Drop for SoftEngine {
+    fn drop(&mut self) {
+        self.signals.stop();
+    }
+}
+
+fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidInput, reason)
+}
