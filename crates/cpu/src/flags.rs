@@ -23,6 +23,12 @@ pub(crate) enum Kind {
     SubBorrow,
     /// AND, OR, XOR, TEST: CF and OF are zero, AF is.
     Logic,
+    /// `left + 1`; CF is as before, in bit 0 of `right`.
+    Increment,
+    /// `left - 1`; CF is as before, in bit 0 of `right`.
+    Decrement,
+    /// Shifts and multiplications: CF is bit 0 and OF bit 1 of `right`; AF is zero.
+    Carried,
 }
 
 /// The operation that last set all status bits.
@@ -104,6 +110,7 @@ impl Lazy {
             Kind::AddCarry => self.result <= self.left,
             Kind::Sub => self.left < self.right,
             Kind::SubBorrow => self.left <= self.right,
+            Kind::Increment | Kind::Decrement | Kind::Carried => self.right & 1 != 0,
         }
     }
 
@@ -112,6 +119,9 @@ impl Lazy {
             Kind::Known | Kind::Logic => 0,
             Kind::Add | Kind::AddCarry => (self.left ^ self.result) & (self.right ^ self.result),
             Kind::Sub | Kind::SubBorrow => (self.left ^ self.right) & (self.left ^ self.result),
+            Kind::Increment => self.result & !self.left,
+            Kind::Decrement => self.left & !self.result,
+            Kind::Carried => return self.right & 2 != 0,
         };
         signs & sign(self.size) != 0
     }
@@ -125,7 +135,7 @@ impl Lazy {
             (self.result as u8).count_ones().is_multiple_of(2),
             rflags::PF,
         );
-        let logic = self.kind == Kind::Logic;
+        let logic = matches!(self.kind, Kind::Logic | Kind::Carried);
         set(
             !logic && (self.left ^ self.right ^ self.result) & 0x10 != 0,
             rflags::AF,

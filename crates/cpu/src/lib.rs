@@ -23,11 +23,18 @@ mod error;
 mod execute;
 mod flags;
 pub mod fuzz;
+mod interpret;
 mod memory;
+mod microop;
 mod mmu;
 mod processor;
 mod state;
 mod system;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod translate;
 mod vector;
 mod x87;
 

@@ -2,13 +2,14 @@
 //!
 //! Ranges of host memory at guest physical addresses, read and written by relaxed atomics of up to
 //! eight bytes (an access that is not aligned is several), because other processors, devices and
-//! backend processes use the same memory.
+//! backend processes use the same memory. Beside the bytes there is one byte of state per page: the
+//! page has translated code, the page was written since the dirty log was taken.
 
 #![allow(unsafe_code)] // guest memory is shared with other threads and processes
 
 use std::any::Any;
 use std::arch::asm;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Log2 of the page size.
 pub(crate) const PAGE_SHIFT: u32 = 12;
@@ -20,6 +21,10 @@ pub struct RamRange {
     start: u64,
     len: u64,
     host: *mut u8,
+    /// What [`Ram`] knows of each page: [`CODE`], [`DIRTY`].
+    pages: Box<[AtomicU8]>,
+    /// How often translated code of each page went out of date.
+    generations: Box<[AtomicU32]>,
     /// What keeps the memory mapped, where that is not the caller's task.
     _owner: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -28,6 +33,11 @@ pub struct RamRange {
 unsafe impl Send for RamRange {}
 // SAFETY: as above.
 unsafe impl Sync for RamRange {}
+
+/// A page holds code that somebody has translated.
+const CODE: u8 = 1;
+/// A page was written since the log was last taken. Set only while the log is on.
+const DIRTY: u8 = 2;
 
 impl RamRange {
     /// RAM at guest physical `start`, which is `len` bytes at `host`. Both are multiples of a page.
@@ -47,6 +57,8 @@ impl RamRange {
             start,
             len,
             host,
+            pages: (0..len >> PAGE_SHIFT).map(|_| AtomicU8::new(0)).collect(),
+            generations: (0..len >> PAGE_SHIFT).map(|_| AtomicU32::new(0)).collect(),
             _owner: None,
         }
     }
@@ -87,6 +99,13 @@ impl RamRange {
 /// All RAM of a guest; its processors share it.
 pub struct Ram {
     ranges: Vec<RamRange>,
+    /// Counts the writes to pages that hold translated code; processors drop their blocks of such
+    /// pages when it changes.
+    pub(crate) code_epoch: AtomicU64,
+    /// Counts what takes away the right to write a page unseen: it began to hold translated code, or
+    /// the dirty log wants to hear of its next write.
+    pub(crate) watch_epoch: AtomicU64,
+    logging: AtomicBool,
 }
 
 impl Ram {
@@ -94,7 +113,12 @@ impl Ram {
     #[must_use]
     pub fn new(mut ranges: Vec<RamRange>) -> Self {
         ranges.sort_by_key(|range| range.start);
-        Self { ranges }
+        Self {
+            ranges,
+            code_epoch: AtomicU64::new(0),
+            watch_epoch: AtomicU64::new(0),
+            logging: AtomicBool::new(false),
+        }
     }
 
     /// The range and the offset in it of `len` bytes at a physical address, if all of them are RAM.
@@ -128,13 +152,98 @@ impl Ram {
         )
     }
 
+    /// Writes bytes as a device does, without telling anybody; those outside RAM are lost.
+    #[cfg(test)]
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        for (address, &byte) in (address..).zip(bytes) {
+            if let Some((range, offset)) = self.find(address, 1) {
+                // SAFETY: in range.
+                unsafe { AtomicU8::from_ptr(range.host.add(offset as usize)) }
+                    .store(byte, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// Sets bits of an aligned 4-byte word atomically: accessed and dirty bits.
     pub(crate) fn set_bits_u32(&self, address: u64, bits: u32) {
         if let Some((range, offset)) = self.find(address & !3, 4) {
             // SAFETY: in range and aligned.
             unsafe { AtomicU32::from_ptr(range.host.add(offset as usize).cast()) }
                 .fetch_or(bits, Ordering::SeqCst);
+            self.written(address);
         }
+    }
+
+    /// What is known of the page of an address, and how often its code went out of date.
+    fn page(&self, address: u64) -> Option<(&AtomicU8, &AtomicU32)> {
+        let (range, offset) = self.find(address, 1)?;
+        let number = (offset >> PAGE_SHIFT) as usize;
+        Some((range.pages.get(number)?, range.generations.get(number)?))
+    }
+
+    /// Says that a page of RAM holds translated code from now on.
+    pub(crate) fn watch_code(&self, address: u64) {
+        if let Some((page, _)) = self.page(address)
+            && page.fetch_or(CODE, Ordering::SeqCst) & CODE == 0
+        {
+            self.watch_epoch.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// How often translated code of a page went out of date: code translated at another count is.
+    pub(crate) fn code_generation(&self, address: u64) -> u32 {
+        self.page(address)
+            .map_or(0, |(_, generation)| generation.load(Ordering::SeqCst))
+    }
+
+    /// Whether somebody has to hear of the next write to a page.
+    pub(crate) fn is_watched(&self, address: u64) -> bool {
+        let logging = self.logging.load(Ordering::SeqCst);
+        self.page(address).is_some_and(|(page, _)| {
+            let page = page.load(Ordering::SeqCst);
+            page & CODE != 0 || logging && page & DIRTY == 0
+        })
+    }
+
+    /// A page was written, by a processor or anybody else: translated code of it is out of date, and
+    /// the dirty log has it.
+    pub fn written(&self, address: u64) {
+        let Some((page, generation)) = self.page(address) else {
+            return;
+        };
+        if self.logging.load(Ordering::SeqCst) {
+            page.fetch_or(DIRTY, Ordering::SeqCst);
+        }
+        if page.load(Ordering::SeqCst) & CODE != 0 {
+            page.fetch_and(!CODE, Ordering::SeqCst);
+            generation.fetch_add(1, Ordering::SeqCst);
+            self.code_epoch.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Starts the log of written pages, empty, or ends it.
+    pub fn set_dirty_log(&self, on: bool) {
+        for page in self.ranges.iter().flat_map(|range| &range.pages) {
+            page.fetch_and(!DIRTY, Ordering::SeqCst);
+        }
+        self.logging.store(on, Ordering::SeqCst);
+        self.watch_epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Visits the physical addresses of the pages that were written since the last time.
+    ///
+    /// A processor that runs meanwhile reports at the end of its block, or when it stops, all pages
+    /// that it could write unseen until then: none is missed, some come again.
+    pub fn take_dirty(&self, mut visit: impl FnMut(u64)) {
+        for range in &self.ranges {
+            for (address, page) in (range.start..).step_by(PAGE as usize).zip(&range.pages) {
+                let dirty = page.load(Ordering::Relaxed) & DIRTY != 0;
+                if dirty && page.fetch_and(!DIRTY, Ordering::SeqCst) & DIRTY != 0 {
+                    visit(address);
+                }
+            }
+        }
+        self.watch_epoch.fetch_add(1, Ordering::SeqCst);
     }
 }
 

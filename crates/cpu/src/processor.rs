@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
 use crate::error::{Exception, Vector};
+use crate::interpret::Ended;
 use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
-use crate::state::{Mode, SegmentName, State, rflags};
+use crate::state::{Mode, SegmentName, State, rflags, slot};
 use crate::system::TripleFault;
+use crate::translate::{BlockCache, Key};
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
-/// Instructions between two looks for interrupts that nobody announced.
-const LOOK_EVERY: u64 = 1024;
+/// Blocks between two looks for interrupts that nobody announced.
+const LOOK_EVERY: u32 = 1024;
 
 /// What is around the processor's core. Called from inside [`Processor::run`]. What is not implemented
 /// is an empty board: no devices at ports, no MSRs, no interrupts, a clock that stands still.
@@ -92,6 +94,9 @@ pub struct Processor {
     pub state: State,
     pub(crate) ram: Arc<Ram>,
     pub(crate) tlb: Tlb,
+    blocks: BlockCache,
+    /// Instructions executed since power-on.
+    pub(crate) retired: u64,
     /// Set by anybody who wants [`Processor::run`] to look up: a kick, an interrupt.
     attention: Arc<AtomicBool>,
 }
@@ -118,6 +123,8 @@ impl Processor {
             state: State::default(),
             ram,
             tlb: Tlb::default(),
+            blocks: BlockCache::default(),
+            retired: 0,
             attention: Arc::default(),
         }
     }
@@ -137,16 +144,30 @@ impl Processor {
     /// too, so that a guest that only faults does not run for ever.
     ///
     /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
-    /// [`LOOK_EVERY`] instructions; who raises one sets the attention flag to have it delivered sooner.
+    /// [`LOOK_EVERY`] blocks; who raises one sets the attention flag to have it delivered sooner.
     pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
-        for count in 0..budget {
-            if self.attention.load(Ordering::Relaxed) {
-                break;
+        let mut cache = std::mem::take(&mut self.blocks);
+        let stop = self.run_cached(env, budget, &mut cache);
+        self.see_watched(&mut cache);
+        self.blocks = cache;
+        self.state.file[slot::TEMP0 as usize..=slot::START as usize].fill(0);
+        stop
+    }
+
+    fn run_cached(
+        &mut self,
+        env: &dyn Environment,
+        mut budget: u64,
+        cache: &mut BlockCache,
+    ) -> Stop {
+        let (mut look, mut blocks) = (true, 0u32);
+        loop {
+            if budget == 0 || self.attention.load(Ordering::Relaxed) {
+                self.attention.store(false, Ordering::SeqCst);
+                return Stop::Attention;
             }
-            if count.is_multiple_of(LOOK_EVERY)
-                || self.state.halted
-                || self.state.flags & rflags::IF != 0
-            {
+            blocks = blocks.wrapping_add(1);
+            if look || blocks.is_multiple_of(LOOK_EVERY) {
                 if self.take_interrupt(env).is_err() {
                     return Stop::TripleFault;
                 }
@@ -154,17 +175,25 @@ impl Processor {
                     return Stop::Halted;
                 }
             }
-            let traps = self.state.flags & rflags::TF != 0;
-            let result = self.step(env);
-            let trap = (traps && !self.state.shadow).then(|| self.step_trap());
-            if let Some(exception) = result.err().or(trap)
-                && self.deliver_exception(env, exception).is_err()
-            {
-                return Stop::TripleFault;
+            look = self.state.shadow;
+            let step = self.state.flags & rflags::TF != 0;
+            let limit = if look || step { 1 } else { budget };
+            self.state.shadow = false;
+            self.state.flags &= !rflags::RF;
+            let ended = self.run_one(env, cache, limit);
+            look |= ended.look;
+            self.retired += ended.retired;
+            budget = budget.saturating_sub(ended.retired);
+            let trap = step && ended.retired != 0 && !ended.no_trap && !self.state.shadow;
+            let exception = ended.fault.or_else(|| trap.then(|| self.step_trap()));
+            if let Some(exception) = exception {
+                budget = budget.saturating_sub(ended.fault.is_some().into());
+                look = true;
+                if self.deliver_exception(env, exception).is_err() {
+                    return Stop::TripleFault;
+                }
             }
         }
-        self.attention.store(false, Ordering::SeqCst);
-        Stop::Attention
     }
 
     /// The trap after an instruction that began with TF set.
@@ -196,6 +225,108 @@ impl Processor {
             }
             None => Ok(()),
         }
+    }
+
+    /// Gives up what is watched by now.
+    #[inline]
+    fn see_watched(&mut self, cache: &mut BlockCache) {
+        let watched = self.ram.watch_epoch.load(Ordering::SeqCst);
+        if watched != cache.watched {
+            self.tlb.see_watched(&self.ram);
+            cache.watched = watched;
+        }
+    }
+
+    /// Executes a block, or the first `limit` instructions of it.
+    fn run_one(&mut self, env: &dyn Environment, cache: &mut BlockCache, limit: u64) -> Ended {
+        let epoch = self.ram.code_epoch.load(Ordering::SeqCst);
+        if epoch != cache.epoch {
+            cache.drop_stale(&self.ram);
+            cache.epoch = epoch;
+        }
+        let number = match self.find_block(cache) {
+            Ok(number) => number,
+            Err(exception) => return Ended::fault(exception),
+        };
+        self.see_watched(cache);
+        let block = cache.block(number);
+        if block.count() as u64 <= limit {
+            return self.run_block(env, block, epoch);
+        }
+        // The flags that a whole block leaves out may be needed where this one ends.
+        let linear = self.code_linear();
+        match self.translate_block(linear, limit) {
+            Ok((block, _)) => self.run_block(env, &block, epoch),
+            Err(exception) => Ended::fault(exception),
+        }
+    }
+
+    /// The linear address of RIP.
+    fn code_linear(&self) -> u64 {
+        if self.state.mode() == Mode::Bits64 {
+            return self.state.rip;
+        }
+        let base = self.state.segment(SegmentName::Cs).base;
+        self.state.rip.wrapping_add(base) & 0xffff_ffff
+    }
+
+    /// The number of the block at RIP.
+    #[inline]
+    fn find_block(&mut self, cache: &mut BlockCache) -> Result<u32, Exception> {
+        let user = self.state.cpl() == 3;
+        if self.state.mode() == Mode::Bits64 {
+            let stamp = |global| cache.stamp(&self.tlb, global, Mode::Bits64, user);
+            let stamps = [stamp(false), stamp(true)];
+            if let Some(number) = cache.recent(self.state.rip, stamps) {
+                return Ok(number);
+            }
+        }
+        self.find_block_by_address(cache, user)
+    }
+
+    /// The same by its physical address. What is found there is compared with what it was translated
+    /// from: a device or another process may have written the page since, and told nobody. Code that
+    /// is loaded so is mapped afterwards, and that leads here.
+    #[inline(never)]
+    fn find_block_by_address(
+        &mut self,
+        cache: &mut BlockCache,
+        user: bool,
+    ) -> Result<u32, Exception> {
+        let (rip, mode) = (self.state.rip, self.state.mode());
+        let linear = self.linear(SegmentName::Cs, rip, 1, Access::Fetch)?;
+        let place = self.translate(linear, Access::Fetch, user)?;
+        let key = Key {
+            physical: place.physical,
+            rip: if mode == Mode::Bits64 { 0 } else { rip },
+            mode,
+            user,
+        };
+        let mut global = place.global;
+        let mut known = None;
+        if let Some(number) = cache.find(&key) {
+            let block = cache.block(number);
+            let (first, rest) = block.parts();
+            let mut fresh = self.holds(place.physical, first);
+            if let Some((second, _)) = block.second {
+                let next = (linear | (PAGE - 1)).wrapping_add(1);
+                let now = self.translate(next, Access::Fetch, user)?;
+                fresh &= now.physical == second && self.holds(second, rest);
+                global &= now.global;
+            }
+            known = fresh.then_some(number);
+        }
+        let number = match known {
+            Some(number) => number,
+            None => {
+                let (block, generation) = self.translate_block(linear, u64::MAX)?;
+                global &= block.second.is_none();
+                cache.insert(key, block, generation)
+            }
+        };
+        let stamp = cache.stamp(&self.tlb, global, mode, user);
+        cache.remember(linear, stamp, number);
+        Ok(number)
     }
 
     /// Executes one instruction, or a part of a repeated string instruction, which then stays where

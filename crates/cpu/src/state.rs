@@ -1,5 +1,24 @@
 //! The processor's registers.
 
+/// How many slots [`State::file`] has: [`slot`] names them.
+pub(crate) const SLOTS: usize = 32;
+
+/// Slots of the register file that micro-operations address. The general registers are 0 to 15 in
+/// the encoding's order (RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 …).
+pub(crate) mod slot {
+    /// Values between the micro-operations of one instruction; dead at its end.
+    pub(crate) const TEMP0: u8 = 16;
+    pub(crate) const TEMP1: u8 = 17;
+    pub(crate) const TEMP2: u8 = 18;
+    pub(crate) const TEMP3: u8 = 19;
+    /// RIP of the first instruction of the block that is executed.
+    pub(crate) const START: u8 = 20;
+    /// Always zero: the base or index of an address that has none.
+    pub(crate) const ZERO: u8 = 24;
+    /// Bases of ES, CS, SS, DS, FS and GS, in the encoding's order of segment registers.
+    pub(crate) const SEGMENT_BASE: u8 = 25;
+}
+
 /// A segment register by its number in instruction encodings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -13,7 +32,8 @@ pub enum SegmentName {
     Gs = 5,
 }
 
-/// A segment register with its hidden part.
+/// A segment register with its hidden part. The base of the six code and data segments is kept
+/// here and, for address computation, in the register file; only [`State::set_segment`] writes both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
     /// The visible part.
@@ -172,7 +192,6 @@ impl Mode {
 }
 
 /// Flags of RFLAGS.
-#[allow(dead_code)] // whole, for what comes; the names are the manual's
 pub(crate) mod rflags {
     pub(crate) const CF: u64 = 1 << 0;
     pub(crate) const FIXED: u64 = 1 << 1;
@@ -198,8 +217,8 @@ pub(crate) mod rflags {
 /// bits are computed when somebody reads them (module `flags`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
-    /// General registers in the encoding's order: RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 …
-    pub(crate) file: [u64; 16],
+    /// General registers, temporaries and segment bases by slot.
+    pub(crate) file: [u64; SLOTS],
     /// The next instruction's offset in CS.
     pub rip: u64,
     /// RFLAGS without its status bits, unless `lazy` says that they are here.
@@ -274,6 +293,7 @@ impl State {
 
     /// Loads a segment register with its hidden part, unchecked.
     pub fn set_segment(&mut self, name: SegmentName, segment: Segment) {
+        self.file[slot::SEGMENT_BASE as usize + name as usize] = segment.base;
         self.segments[name as usize] = segment;
     }
 
@@ -318,7 +338,7 @@ impl Default for State {
             ..Segment::default()
         };
         let mut state = Self {
-            file: [0; 16],
+            file: [0; SLOTS],
             rip: 0xfff0,
             flags: rflags::FIXED,
             lazy: crate::flags::Lazy::default(),

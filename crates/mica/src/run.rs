@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use mica_machine::vmm;
 use mica_machine::vmm::channel::{Attachments, Channel};
-use mica_machine::vmm::config::{EngineConfig, NetworkConfig, ToVm, VmConfig};
+use mica_machine::vmm::config::{NetworkConfig, ToVm, VmConfig};
 
 use self::backend::Backends;
 use self::console::Console;
@@ -45,8 +45,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
     let signals = Signals::take()?;
     let source = Source::resolve(&options)?;
     let (mut control, name) = control_socket(&options, &source)?;
-    let engine = engine::choose(options.engine)?;
-    let engine_name = engine.name();
+    let mut engine = engine::choose(options.engine)?;
 
     let target = options.console.clone().unwrap_or(match output {
         OutputFormat::Text => ConsoleTarget::Stdio,
@@ -86,12 +85,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
         memory: options.memory,
         huge_pages: options.huge_pages,
         cpu_profile: options.cpu_profile,
-        engine: match engine.device {
-            Some(device) => EngineConfig::Kvm {
-                device: attachments.attach(device),
-            },
-            None => EngineConfig::Soft,
-        },
+        engine: engine.config(&mut attachments),
         boot: source.boot_config(&options, &mut attachments)?,
         serial,
         virtio_console,
@@ -114,7 +108,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
     let reporter = Reporter::new(output, &name, raw);
     reporter.supervisor(&SupervisorEvent::Starting {
         name: name.clone(),
-        engine: engine_name.to_owned(),
+        engine: engine.name.to_owned(),
         reason: engine.reason,
         vcpus: options.cpus,
         memory: options.memory.0,

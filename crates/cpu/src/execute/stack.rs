@@ -199,10 +199,6 @@ impl Processor {
             new &= !rflags::RF;
         }
         self.state.set_rflags(new);
-        let smap = self.state.cr4 >> 21 & 1 != 0;
-        if smap && (old ^ new) & rflags::AC != 0 {
-            self.tlb.flush(); // its entries were checked with the old AC
-        }
         self.state.rip = self.next_rip(instruction);
         Ok(Flow::Jump) // TF or IF may be new
     }

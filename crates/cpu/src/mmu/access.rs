@@ -55,6 +55,15 @@ impl Processor {
         }
         // SAFETY: as above.
         unsafe { memory::write(at.host, size, value) }
+        self.report(at);
+    }
+
+    /// Says that something was written, to those who want to know. After the write, so that whoever
+    /// looks at the page then finds it.
+    fn report(&self, at: Location) {
+        if at.watched {
+            self.ram.written(at.physical);
+        }
     }
 
     /// Stores 1, 2, 4 or 8 bytes. Nothing is written if any byte faults.
@@ -182,6 +191,7 @@ impl Processor {
             }
             old = was;
         }
+        self.report(at);
         Ok(old)
     }
 
@@ -199,6 +209,7 @@ impl Processor {
         if !at.host.is_null() && linear.is_multiple_of(16) {
             // SAFETY: RAM, aligned.
             if let Some(was) = unsafe { memory::compare_exchange_16(at.host, old, new) } {
+                self.report(at);
                 return Ok(was);
             }
         }
@@ -228,6 +239,7 @@ impl Processor {
         }
         // SAFETY: both are RAM up to the end of their pages.
         unsafe { memory::move_string(source.host, target.host, size, count) };
+        self.report(target);
         true
     }
 
@@ -239,17 +251,16 @@ impl Processor {
             Ok(target) if inside && !target.host.is_null() => {
                 // SAFETY: RAM up to the end of the page.
                 unsafe { memory::store_string(target.host, size, count, value) };
+                self.report(target);
                 true
             }
             _ => false,
         }
     }
 
-    /// The bytes of the instruction at a linear address, as far as its page goes, and its physical
-    /// address. At the page's end the next page is fetched, too, if `next` says so.
-    pub(crate) fn fetch(&mut self, linear: u64, bytes: &mut [u8]) -> Result<u64, Exception> {
+    /// The bytes of the instruction at a linear address, as far as its page goes.
+    pub(crate) fn fetch(&mut self, linear: u64, bytes: &mut [u8]) -> Result<(), Exception> {
         let user = self.is_user();
-        let first = self.translate(linear, Access::Fetch, user)?.physical;
         for (linear, byte) in (0..).map(|offset| linear.wrapping_add(offset)).zip(bytes) {
             let at = self.translate(linear, Access::Fetch, user)?;
             *byte = if at.host.is_null() {
@@ -259,7 +270,7 @@ impl Processor {
                 unsafe { memory::read(at.host, 1) as u8 }
             };
         }
-        Ok(first)
+        Ok(())
     }
 
     /// The linear address of `size` bytes at an offset in a segment, checked against what the

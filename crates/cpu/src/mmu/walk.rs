@@ -1,9 +1,9 @@
 //! Page walks: 32-bit, PAE and 4-level paging (SDM volume 3, 4.3 to 4.6).
 
-use super::Access;
+use super::{Access, Rights};
 use crate::error::Exception;
 use crate::processor::Processor;
-use crate::state::{State, rflags};
+use crate::state::State;
 
 /// Error code bits of a page fault (SDM volume 3, figure 4-12).
 mod fault {
@@ -34,6 +34,8 @@ pub(super) struct Walk {
     pub(super) writable: bool,
     pub(super) executable: bool,
     pub(super) global: bool,
+    /// The page has 2 MiB or more (4 MiB with 32-bit paging).
+    pub(super) large: bool,
 }
 
 /// What the control registers say about paging.
@@ -45,12 +47,12 @@ struct Paging {
     nx: bool,
     wp: bool,
     smep: bool,
-    /// Supervisor accesses to user pages fault: SMAP is on and AC is clear.
+    /// Supervisor accesses to user pages fault.
     smap: bool,
 }
 
 /// What all entries of a walk together allow.
-struct Rights {
+struct Allowed {
     writable: bool,
     user: bool,
     executable: bool,
@@ -58,7 +60,7 @@ struct Rights {
 
 impl Paging {
     /// Nothing if paging is off.
-    fn of(state: &State) -> Option<Self> {
+    fn of(state: &State, rights: Rights) -> Option<Self> {
         let cr4 = |bit: u32| state.cr4 >> bit & 1 != 0;
         let long = state.long_mode();
         let pae = long || cr4(5);
@@ -70,7 +72,7 @@ impl Paging {
             nx: pae && state.efer >> 11 & 1 != 0,
             wp: state.cr0 >> 16 & 1 != 0,
             smep: cr4(20),
-            smap: cr4(21) && state.flags & rflags::AC == 0,
+            smap: cr4(21) && rights == Rights::Supervisor,
         })
     }
 
@@ -100,27 +102,27 @@ impl Paging {
         self.pae && !self.long && level == 0
     }
 
-    fn allows(&self, rights: &Rights, access: Access, user: bool) -> bool {
+    fn allows(&self, allowed: &Allowed, access: Access, user: bool) -> bool {
         match access {
-            Access::Fetch => self.executable(rights, user),
-            _ if user => rights.user && (access == Access::Read || rights.writable),
+            Access::Fetch => self.executable(allowed, user),
+            _ if user => allowed.user && (access == Access::Read || allowed.writable),
             _ => {
-                !(rights.user && self.smap)
-                    && (access == Access::Read || self.writable(rights, user))
+                !(allowed.user && self.smap)
+                    && (access == Access::Read || self.writable(allowed, user))
             }
         }
     }
 
-    const fn writable(&self, rights: &Rights, user: bool) -> bool {
-        rights.writable || (!user && !self.wp)
+    const fn writable(&self, allowed: &Allowed, user: bool) -> bool {
+        allowed.writable || (!user && !self.wp)
     }
 
-    const fn executable(&self, rights: &Rights, user: bool) -> bool {
-        rights.executable
+    const fn executable(&self, allowed: &Allowed, user: bool) -> bool {
+        allowed.executable
             && if user {
-                rights.user
+                allowed.user
             } else {
-                !(rights.user && self.smep)
+                !(allowed.user && self.smep)
             }
     }
 
@@ -165,17 +167,24 @@ impl Paging {
 
 impl Processor {
     /// Walks the page tables, checks the access and sets accessed and dirty bits.
-    pub(super) fn walk(&self, linear: u64, access: Access, user: bool) -> Result<Walk, Exception> {
-        let Some(paging) = Paging::of(&self.state) else {
+    pub(super) fn walk(
+        &self,
+        linear: u64,
+        access: Access,
+        rights: Rights,
+    ) -> Result<Walk, Exception> {
+        let user = rights == Rights::User;
+        let Some(paging) = Paging::of(&self.state, rights) else {
             return Ok(Walk {
                 physical: linear & 0xffff_ffff,
                 writable: true,
                 executable: true,
                 global: false,
+                large: false,
             });
         };
         let fail = |cause| Err(paging.fault(linear, access, user, cause));
-        let mut rights = Rights {
+        let mut allowed = Allowed {
             writable: true,
             user: true,
             executable: true,
@@ -193,24 +202,25 @@ impl Processor {
                 return fail(fault::PRESENT | fault::RESERVED);
             };
             if !paging.is_pointer(level) {
-                rights.writable &= value & entry::WRITABLE != 0;
-                rights.user &= value & entry::USER != 0;
-                rights.executable &= value & entry::NO_EXECUTE == 0;
+                allowed.writable &= value & entry::WRITABLE != 0;
+                allowed.user &= value & entry::USER != 0;
+                allowed.executable &= value & entry::NO_EXECUTE == 0;
             }
             if !page {
                 table = value & entry::FRAME;
                 continue;
             }
-            if !paging.allows(&rights, access, user) {
+            if !paging.allows(&allowed, access, user) {
                 return fail(fault::PRESENT);
             }
             let first = usize::from(paging.is_pointer(0));
             self.mark(&visited[first..=level], access == Access::Write, &paging);
             return Ok(Walk {
                 physical: paging.frame(value, shift) | linear & ((1 << shift) - 1),
-                writable: paging.writable(&rights, user),
-                executable: paging.executable(&rights, user),
+                writable: paging.writable(&allowed, user),
+                executable: paging.executable(&allowed, user),
                 global: value & entry::GLOBAL != 0 && paging.global,
+                large: shift > 12,
             });
         }
         fail(0)

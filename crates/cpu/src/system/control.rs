@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{cr0, cr4, efer};
 use crate::error::Exception;
-use crate::execute::operand::operand_size;
+use crate::execute::operand::{operand_size, segment_name};
 use crate::mmu::Access;
 use crate::mmu::access::is_canonical;
 use crate::processor::{Environment, Executed, Flow, Processor};
@@ -187,7 +187,7 @@ impl Processor {
             return Err(Exception::gp(0));
         }
         self.state.cr3 = value;
-        self.tlb.flush();
+        self.tlb.flush_non_global();
         Ok(())
     }
 
@@ -245,7 +245,18 @@ impl Processor {
             return Err(Exception::ud());
         }
         self.require_supervisor()?;
-        self.tlb.flush();
+        // An address that is not canonical has no translation; segment limits are not checked.
+        let name = segment_name(instruction.memory_segment()).unwrap_or(SegmentName::Ds);
+        let counts =
+            self.state.mode() != Mode::Bits64 || matches!(name, SegmentName::Fs | SegmentName::Gs);
+        let base = if counts {
+            self.state.segment(name).base
+        } else {
+            0
+        };
+        let linear = base.wrapping_add(self.effective_address(instruction));
+        let linear = self.wrap_linear(linear);
+        self.tlb.flush_page(linear);
         Ok(())
     }
 
@@ -275,7 +286,13 @@ impl Processor {
         if !fine {
             return Err(Exception::gp(0));
         }
-        self.tlb.flush();
+        if kind == 0 {
+            self.tlb.flush_page(address);
+        } else if kind == 3 {
+            self.tlb.flush_non_global();
+        } else {
+            self.tlb.flush();
+        }
         Ok(())
     }
 
@@ -297,17 +314,8 @@ impl Processor {
             return Err(Exception::ud());
         }
         let flags = self.state.rflags() & !rflags::AC | value;
-        self.set_flags(flags);
-        Ok(())
-    }
-
-    /// Sets RFLAGS. With SMAP, what may be accessed depends on AC.
-    pub(super) fn set_flags(&mut self, flags: u64) {
-        let changed = self.state.flags ^ flags;
         self.state.set_rflags(flags);
-        if changed & rflags::AC != 0 && self.state.cr4 & cr4::SMAP != 0 {
-            self.tlb.flush();
-        }
+        Ok(())
     }
 
     /// SMSW stores 16 bits in memory, and as much of CR0 as a register takes.

@@ -53,7 +53,8 @@ impl Processor {
         let selector = (self.state.star >> 32) as u16;
         self.set_flat(selector, selector.wrapping_add(8), 0, Segment::LONG);
         self.state.rip = self.state.lstar;
-        self.set_flags(flags & !self.state.sfmask & !rflags::RF | rflags::FIXED);
+        self.state
+            .set_rflags(flags & !self.state.sfmask & !rflags::RF | rflags::FIXED);
         Ok(Flow::Jump)
     }
 
@@ -76,7 +77,7 @@ impl Processor {
             self.set_flat(base, stack, 3, Segment::DEFAULT_BIG);
             self.state.rip = target & 0xffff_ffff;
         }
-        self.set_flags(flags & 0x3c_7fd7 | rflags::FIXED);
+        self.state.set_rflags(flags & 0x3c_7fd7 | rflags::FIXED);
         Ok(Flow::Jump)
     }
 
@@ -87,7 +88,7 @@ impl Processor {
         }
         let long = self.state.long_mode();
         let flags = self.state.rflags() & !(rflags::VM | rflags::IF | rflags::RF);
-        self.set_flags(flags);
+        self.state.set_rflags(flags);
         let mode = if long {
             Segment::LONG
         } else {

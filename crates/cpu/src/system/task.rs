@@ -307,7 +307,7 @@ impl Processor {
     ) -> Result<(), Exception> {
         if let Some(root) = incoming.cr3 {
             self.state.cr3 = root;
-            self.tlb.flush();
+            self.tlb.flush_non_global();
         }
         self.state.cr0 |= cr0::TS;
         for (index, value) in incoming.registers.into_iter().enumerate() {

@@ -8,6 +8,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use mica_machine::kvm::{self, ProbeError};
+use mica_machine::vmm::channel::Attachments;
+use mica_machine::vmm::config::EngineConfig;
 use serde::{Deserialize, Serialize};
 
 use super::options::EngineChoice;
@@ -15,20 +17,28 @@ use crate::runtime;
 
 /// A chosen engine.
 pub(crate) struct Engine {
+    /// As users name it.
+    pub(crate) name: &'static str,
     /// `/dev/kvm`, open, for KVM; nothing for the processor in software.
-    pub(crate) device: Option<OwnedFd>,
+    device: Option<OwnedFd>,
     /// Why this engine, for people.
     pub(crate) reason: String,
 }
 
 impl Engine {
-    /// As users name it.
-    pub(crate) fn name(&self) -> &'static str {
-        if self.device.is_some() { "kvm" } else { "soft" }
+    /// What the VM process is told, with the descriptor that it needs.
+    pub(crate) fn config(&mut self, attachments: &mut Attachments) -> EngineConfig {
+        match self.device.take() {
+            Some(device) => EngineConfig::Kvm {
+                device: attachments.attach(device),
+            },
+            None => EngineConfig::Soft,
+        }
     }
 
     fn soft(reason: impl Into<String>) -> Self {
         Self {
+            name: "soft",
             device: None,
             reason: reason.into(),
         }
@@ -76,6 +86,7 @@ fn choose_kvm() -> Result<Engine, ProbeError> {
         }
     };
     Ok(Engine {
+        name: "kvm",
         device: Some(device),
         reason: format!("ring 0 at {} MIPS or more", probed.mips),
     })

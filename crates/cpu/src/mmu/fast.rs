@@ -1,0 +1,90 @@
+//! What the interpreter does for a load or a store that the TLB knows: aligned, in RAM. Everything
+//! else is the slow path's.
+
+use super::{ENTRIES, PAGE, PAGE_SHIFT, Rights, Tlb};
+use crate::memory::{self, Ram};
+use crate::processor::Processor;
+
+impl Tlb {
+    /// Host address of an aligned operand that may be read or, with `WRITE`, written unseen.
+    #[inline(always)]
+    fn probe<const SIZE: u8, const WRITE: bool>(
+        &self,
+        linear: u64,
+        rights: Rights,
+    ) -> Option<*mut u8> {
+        let page = linear >> PAGE_SHIFT;
+        let entry = &self.entries[rights as usize][page as usize % ENTRIES];
+        let tag = if WRITE { entry.write } else { entry.read };
+        if tag != page || linear & u64::from(SIZE - 1) != 0 || entry.host.is_null() {
+            return None;
+        }
+        // SAFETY: the entry's host address is that of a whole page of RAM.
+        Some(unsafe { entry.host.add((linear & (PAGE - 1)) as usize) })
+    }
+
+    /// Gives up writing pages unseen of which somebody wants to hear by now. They may just have been
+    /// written, so that is said, too.
+    #[cold]
+    pub(crate) fn see_watched(&mut self, ram: &Ram) {
+        for &(rights, index) in &self.used {
+            let entry = &mut self.entries[usize::from(rights)][usize::from(index)];
+            if entry.write < u64::MAX - 1 && ram.is_watched(entry.physical) {
+                entry.write = u64::MAX;
+                ram.written(entry.physical);
+            }
+        }
+    }
+}
+
+impl Processor {
+    /// Loads `SIZE` bytes if the TLB knows where.
+    #[inline(always)]
+    pub(crate) fn fast_load<const SIZE: u8>(&self, linear: u64, rights: Rights) -> Option<u64> {
+        let host = self.tlb.probe::<SIZE, false>(linear, rights)?;
+        // SAFETY: an aligned operand in a page of RAM.
+        Some(unsafe { memory::read(host, SIZE) })
+    }
+
+    /// The same of an operand that may be written.
+    #[inline(always)]
+    pub(crate) fn fast_load_for_write<const SIZE: u8>(
+        &self,
+        linear: u64,
+        rights: Rights,
+    ) -> Option<u64> {
+        let host = self.tlb.probe::<SIZE, true>(linear, rights)?;
+        // SAFETY: an aligned operand in a page of RAM.
+        Some(unsafe { memory::read(host, SIZE) })
+    }
+
+    /// Stores `SIZE` bytes if the TLB knows where and nobody has to see it; says whether it did.
+    #[inline(always)]
+    pub(crate) fn fast_store<const SIZE: u8>(
+        &self,
+        linear: u64,
+        rights: Rights,
+        value: u64,
+    ) -> bool {
+        let Some(host) = self.tlb.probe::<SIZE, true>(linear, rights) else {
+            return false;
+        };
+        // SAFETY: an aligned operand in a page of RAM.
+        unsafe { memory::write(host, SIZE, value) };
+        true
+    }
+
+    /// Whether RAM at a physical address still holds these bytes of one page.
+    pub(crate) fn holds(&self, physical: u64, bytes: &[u8]) -> bool {
+        let Some(page) = self.ram.host_page(physical) else {
+            return false;
+        };
+        let start = (physical % PAGE) as usize;
+        if start + bytes.len() > PAGE as usize {
+            return false;
+        }
+        // SAFETY: bytes of one page of RAM.
+        let read = |at: usize| unsafe { memory::read(page.wrapping_add(start + at), 1) as u8 };
+        bytes.iter().enumerate().all(|(at, &byte)| read(at) == byte)
+    }
+}
