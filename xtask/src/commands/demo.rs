@@ -1,11 +1,9 @@
 //! `cargo xtask demo`: the README's promise, on any machine.
 
-use std::process::Command;
-use std::time::Duration;
+use std::io::{Read, Write};
+use std::process::{Child, Command, Stdio};
 
 use xtask::error::{self, Error, Result};
-use xtask::lab::Lab;
-use xtask::session::Echo;
 use xtask::workspace;
 
 /// What the guest is asked to do, and the prompt that says that it is done.
@@ -31,28 +29,57 @@ pub(crate) fn run() -> Result<()> {
         "mica",
     )?;
 
+    eprintln!("demo: mica run tiny");
+    let mut guest = Command::new(&mica)
+        .args(["run", "tiny"])
+        .env("MICA_HOME", &home)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(Error::io(format!("start {}", mica.display())))?;
+    let shown = show(&mut guest);
+    if shown.is_err() {
+        let _ = guest.kill();
+    }
+    let status = guest
+        .wait()
+        .map_err(Error::io("wait for the end of mica run"))?;
+    shown?;
+    if !status.success() {
+        return Err(Error::Other(format!("mica run ended with {status}")));
+    }
     eprintln!(
-        "demo: mica run tiny\n\
-         demo: inside the KVM lab, a Debian kernel on QEMU's software CPU: Mica's own software\n\
-         demo: engine does not exist yet, and not every machine has KVM. Speed is not the point here."
+        "demo: the guest is off. Your turn: MICA_HOME={} {} run tiny",
+        home.display(),
+        mica.display()
     );
-    let minute = Duration::from_secs(60);
-    let mut session = Lab::new()
-        .file(&mica, "/usr/bin/mica")
-        .file(&home, "/demo")
-        .echo(Echo::All)
-        .start("MICA_HOME=/demo mica run tiny")?;
-    for command in COMMANDS {
-        session.expect(PROMPT, 3 * minute)?;
-        session.send(&format!("{command}\n"))?;
-    }
-    let outcome = session.finish()?;
-    if outcome.status != 0 {
-        return Err(Error::Other(format!(
-            "mica run ended with status {}",
-            outcome.status
-        )));
-    }
-    eprintln!("demo: the guest is off. On a machine with KVM: mica run tiny");
     Ok(())
+}
+
+/// Types the commands, each at its prompt, and shows all that the guest prints.
+fn show(guest: &mut Child) -> Result<()> {
+    let (Some(mut input), Some(mut output)) = (guest.stdin.take(), guest.stdout.take()) else {
+        return Err(Error::Other("a child without pipes".into()));
+    };
+    let mut commands = COMMANDS.iter();
+    let mut seen = String::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = output
+            .read(&mut buffer)
+            .map_err(Error::io("read the guest's console"))?;
+        if count == 0 {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&buffer[..count]);
+        print!("{text}");
+        let _ = std::io::stdout().flush();
+        seen.push_str(&text);
+        if let Some(at) = seen.find(PROMPT) {
+            seen.drain(..at + PROMPT.len());
+            if let Some(command) = commands.next() {
+                writeln!(input, "{command}").map_err(Error::io("type to the guest"))?;
+            }
+        }
+    }
 }
