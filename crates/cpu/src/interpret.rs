@@ -6,6 +6,7 @@
 mod arithmetic;
 mod control;
 mod memory;
+mod vector;
 mod wide;
 
 use crate::error::Exception;
@@ -303,6 +304,17 @@ dispatch! {
         MoveIf16: f.move_if::<2>(op);
         MoveIf32: f.move_if::<4>(op);
         MoveIf64: f.move_if::<8>(op);
+        VectorMove: f.vector_move(op);
+        VectorMoveLow8: f.vector_move_low::<8>(op);
+        VectorMoveLow4: f.vector_move_low::<4>(op);
+        VectorMoveZero8: f.vector_move_zero(op);
+        VectorFrom4: f.vector_from::<4>(op);
+        VectorFrom8: f.vector_from::<8>(op);
+        VectorTo4: f.vector_to::<4>(op);
+        VectorTo8: f.vector_to::<8>(op);
+        VectorConst: f.vector_const(op);
+        VectorInteger: f.vector_integer(op);
+        VectorMask: f.vector_mask(op);
     }
     may_leave {
         Complex: f.complex(op);
@@ -323,6 +335,20 @@ dispatch! {
         LoadSigned16To32: f.load_signed::<2, 4>(op);
         LoadSigned16To64: f.load_signed::<2, 8>(op);
         LoadSigned32To64: f.load_signed::<4, 8>(op);
+        VectorLoad16: f.vector_load::<false>(op);
+        VectorLoad16A: f.vector_load::<true>(op);
+        VectorLoad8: f.vector_load_part::<8>(op);
+        VectorLoad4: f.vector_load_part::<4>(op);
+        VectorLoad2: f.vector_load_part::<2>(op);
+        VectorStore16: f.vector_store::<false>(op);
+        VectorStore16A: f.vector_store::<true>(op);
+        VectorStore8: f.vector_store_part::<8>(op);
+        VectorStore4: f.vector_store_part::<4>(op);
+        VectorFloat: f.vector_float(op);
+        VectorImmediate: f.vector_immediate(op);
+        VectorCompareF: f.vector_compare(op);
+        VectorConvertFrom: f.vector_convert_from(op);
+        VectorConvertTo: f.vector_convert_to(op);
         Push: f.push(op);
         Pop: f.pop(op);
         Jump: f.jump(op);

@@ -247,58 +247,81 @@ impl Ram {
     }
 }
 
-/// Reads `size` (1, 2, 4, 8) bytes of RAM.
+/// Reads `size` (1, 2, 4, 8) bytes of RAM by one instruction of the host, whose memory model is the
+/// guest's: an operand inside a cache line is read as one, aligned or not.
 ///
 /// # Safety
 ///
 /// `host` points to that many bytes of a [`RamRange`].
-#[inline]
+#[inline(always)]
 pub(crate) unsafe fn read(host: *const u8, size: u8) -> u64 {
-    let at = host.cast_mut();
-    // SAFETY: the caller's; each atomic is used only where its alignment holds.
+    let value: u64;
+    // SAFETY: the caller's. Written in assembly because others may access the same bytes meanwhile,
+    // and because the operand need not be aligned.
     unsafe {
         match size {
-            1 => AtomicU8::from_ptr(at).load(Ordering::Acquire).into(),
-            2 if at.addr() & 1 == 0 => AtomicU16::from_ptr(at.cast())
-                .load(Ordering::Acquire)
-                .into(),
-            4 if at.addr() & 3 == 0 => AtomicU32::from_ptr(at.cast())
-                .load(Ordering::Acquire)
-                .into(),
-            8 if at.addr() & 7 == 0 => AtomicU64::from_ptr(at.cast()).load(Ordering::Acquire),
-            _ => (0..size).fold(0, |value, byte| {
-                let part = AtomicU8::from_ptr(at.add(byte.into())).load(Ordering::Acquire);
-                value | u64::from(part) << (8 * byte)
-            }),
+            1 => asm!("movzx {0:e}, byte ptr [{1}]", out(reg) value, in(reg) host,
+                options(nostack, preserves_flags, readonly)),
+            2 => asm!("movzx {0:e}, word ptr [{1}]", out(reg) value, in(reg) host,
+                options(nostack, preserves_flags, readonly)),
+            4 => asm!("mov {0:e}, dword ptr [{1}]", out(reg) value, in(reg) host,
+                options(nostack, preserves_flags, readonly)),
+            _ => asm!("mov {0}, qword ptr [{1}]", out(reg) value, in(reg) host,
+                options(nostack, preserves_flags, readonly)),
+        }
+    }
+    value
+}
+
+/// Writes `size` (1, 2, 4, 8) bytes of RAM, likewise.
+///
+/// # Safety
+///
+/// `host` points to that many bytes of a [`RamRange`].
+#[inline(always)]
+pub(crate) unsafe fn write(host: *mut u8, size: u8, value: u64) {
+    // SAFETY: as above.
+    unsafe {
+        match size {
+            1 => asm!("mov byte ptr [{0}], {1}", in(reg) host, in(reg_byte) value as u8,
+                options(nostack, preserves_flags)),
+            2 => asm!("mov word ptr [{0}], {1:x}", in(reg) host, in(reg) value,
+                options(nostack, preserves_flags)),
+            4 => asm!("mov dword ptr [{0}], {1:e}", in(reg) host, in(reg) value,
+                options(nostack, preserves_flags)),
+            _ => asm!("mov qword ptr [{0}], {1}", in(reg) host, in(reg) value,
+                options(nostack, preserves_flags)),
         }
     }
 }
 
-/// Writes `size` (1, 2, 4, 8) bytes of RAM.
+/// Reads 16 bytes.
 ///
 /// # Safety
 ///
-/// `host` points to that many bytes of a [`RamRange`].
-#[inline]
-pub(crate) unsafe fn write(host: *mut u8, size: u8, value: u64) {
-    // SAFETY: the caller's; each atomic is used only where its alignment holds.
+/// `host` points to 16 bytes of a [`RamRange`].
+#[inline(always)]
+pub(crate) unsafe fn read_16(host: *const u8) -> [u8; 16] {
+    let mut value = [0; 16];
+    // SAFETY: the caller's; writes `value`.
     unsafe {
-        match size {
-            1 => AtomicU8::from_ptr(host).store(value as u8, Ordering::Release),
-            2 if host.addr() & 1 == 0 => {
-                AtomicU16::from_ptr(host.cast()).store(value as u16, Ordering::Release)
-            }
-            4 if host.addr() & 3 == 0 => {
-                AtomicU32::from_ptr(host.cast()).store(value as u32, Ordering::Release)
-            }
-            8 if host.addr() & 7 == 0 => {
-                AtomicU64::from_ptr(host.cast()).store(value, Ordering::Release)
-            }
-            _ => (0..size).for_each(|byte| {
-                AtomicU8::from_ptr(host.add(byte.into()))
-                    .store((value >> (8 * byte)) as u8, Ordering::Release);
-            }),
-        }
+        asm!("movdqu {0}, [{1}]", "movdqu [{2}], {0}", out(xmm_reg) _, in(reg) host,
+            in(reg) value.as_mut_ptr(), options(nostack, preserves_flags));
+    }
+    value
+}
+
+/// Writes 16 bytes.
+///
+/// # Safety
+///
+/// `host` points to 16 bytes of a [`RamRange`].
+#[inline(always)]
+pub(crate) unsafe fn write_16(host: *mut u8, value: &[u8; 16]) {
+    // SAFETY: the caller's; reads `value`.
+    unsafe {
+        asm!("movdqu {0}, [{1}]", "movdqu [{2}], {0}", out(xmm_reg) _, in(reg) value.as_ptr(),
+            in(reg) host, options(nostack, preserves_flags));
     }
 }
 

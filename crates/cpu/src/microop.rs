@@ -8,7 +8,7 @@
 //!    nothing about the guest's encoding is left to find out. The right operand of arithmetic is
 //!    always `file[c] + imm`: a register (`imm` is 0) or an immediate (`c` is the zero slot).
 //! 2. *Faults are precise.* Only `Load*`, `Store*`, `Push`, `Pop`, `Call*`, `Return`, `JumpTo`,
-//!    `Divide*` and `Complex` can fault, and within one guest instruction nothing that the guest can
+//!    `Divide*`, `Vector*` and `Complex` can fault, and within one guest instruction nothing that the guest can
 //!    see is written before the last of them: a read-modify-write loads with `LoadForWrite*`, which
 //!    checks the right to write, so its store cannot fault. [`MicroOp::at`] is the instruction that an
 //!    operation belongs to.
@@ -116,6 +116,23 @@ pub(crate) enum Op {
     Store8, Store16, Store32, Store64,
     /// RSP -= 8, [RSP] = a; a = [RSP], RSP += 8. RSP as it was before.
     Push, Pop,
+    // Vector registers: XMM0 to XMM15, and 16 for a value between two operations.
+    /// a = memory, the rest of it zero; `A`: #GP unless aligned.
+    VectorLoad16, VectorLoad16A, VectorLoad8, VectorLoad4, VectorLoad2,
+    /// memory = a.
+    VectorStore16, VectorStore16A, VectorStore8, VectorStore4,
+    /// a = b; the low bytes of a = those of b; a = the low half of b, the rest zero.
+    VectorMove, VectorMoveLow8, VectorMoveLow4, VectorMoveZero8,
+    /// a = general register b, the rest zero; general register a = b; a = imm.
+    VectorFrom4, VectorFrom8, VectorTo4, VectorTo8, VectorConst,
+    /// a = a ∘ b by the mnemonic in `low`: integers and bits; floating point; with an immediate in `high`.
+    VectorInteger, VectorFloat, VectorImmediate,
+    /// Flags of a compared with b.
+    VectorCompareF,
+    /// General register a = sign bits of the lanes of c bytes of b.
+    VectorMask,
+    /// a converted from general register b, general register a from b; c: of 64 bits.
+    VectorConvertFrom, VectorConvertTo,
     // Ends of a block. Positions are relative to its start.
     /// To `imm`; to b; [RSP] = low, to high; [RSP] = low, to b; to [RSP], with `imm` bytes off the stack.
     Jump, JumpTo, Call, CallTo, Return,

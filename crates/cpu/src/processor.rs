@@ -11,7 +11,7 @@ use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
 use crate::state::{Mode, SegmentName, State, rflags, slot};
 use crate::system::TripleFault;
-use crate::translate::{BlockCache, Key};
+use crate::translate::{BlockCache, CodeRights, Key};
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
@@ -94,6 +94,8 @@ pub struct Processor {
     pub state: State,
     pub(crate) ram: Arc<Ram>,
     pub(crate) tlb: Tlb,
+    /// A vector operand between two micro-operations.
+    pub(crate) vector_temp: [u8; 16],
     blocks: BlockCache,
     /// Instructions executed since power-on.
     pub(crate) retired: u64,
@@ -123,6 +125,7 @@ impl Processor {
             state: State::default(),
             ram,
             tlb: Tlb::default(),
+            vector_temp: [0; 16],
             blocks: BlockCache::default(),
             retired: 0,
             attention: Arc::default(),
@@ -273,15 +276,18 @@ impl Processor {
     /// The number of the block at RIP.
     #[inline]
     fn find_block(&mut self, cache: &mut BlockCache) -> Result<u32, Exception> {
-        let user = self.state.cpl() == 3;
+        let rights = CodeRights {
+            user: self.state.cpl() == 3,
+            vectors: self.state.vectors_enabled(),
+        };
         if self.state.mode() == Mode::Bits64 {
-            let stamp = |global| cache.stamp(&self.tlb, global, Mode::Bits64, user);
+            let stamp = |global| cache.stamp(&self.tlb, global, Mode::Bits64, rights);
             let stamps = [stamp(false), stamp(true)];
             if let Some(number) = cache.recent(self.state.rip, stamps) {
                 return Ok(number);
             }
         }
-        self.find_block_by_address(cache, user)
+        self.find_block_by_address(cache, rights)
     }
 
     /// The same by its physical address. What is found there is compared with what it was translated
@@ -291,8 +297,9 @@ impl Processor {
     fn find_block_by_address(
         &mut self,
         cache: &mut BlockCache,
-        user: bool,
+        rights: CodeRights,
     ) -> Result<u32, Exception> {
+        let user = rights.user;
         let (rip, mode) = (self.state.rip, self.state.mode());
         let linear = self.linear(SegmentName::Cs, rip, 1, Access::Fetch)?;
         let place = self.translate(linear, Access::Fetch, user)?;
@@ -300,7 +307,7 @@ impl Processor {
             physical: place.physical,
             rip: if mode == Mode::Bits64 { 0 } else { rip },
             mode,
-            user,
+            rights,
         };
         let mut global = place.global;
         let mut known = None;
@@ -324,7 +331,7 @@ impl Processor {
                 cache.insert(key, block, generation)
             }
         };
-        let stamp = cache.stamp(&self.tlb, global, mode, user);
+        let stamp = cache.stamp(&self.tlb, global, mode, rights);
         cache.remember(linear, stamp, number);
         Ok(number)
     }

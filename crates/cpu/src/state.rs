@@ -315,6 +315,12 @@ impl State {
         self.efer & 1 << 10 != 0
     }
 
+    /// Whether SSE instructions may be executed: CR0.EM and CR0.TS are clear, CR4.OSFXSR is set.
+    #[must_use]
+    pub(crate) const fn vectors_enabled(&self) -> bool {
+        self.cr0 & (1 << 2 | 1 << 3) == 0 && self.cr4 & 1 << 9 != 0
+    }
+
     /// How instructions are decoded now.
     #[must_use]
     pub fn mode(&self) -> Mode {

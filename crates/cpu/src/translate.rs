@@ -10,10 +10,12 @@ mod control;
 mod flags;
 mod lower;
 mod moves;
+mod vector;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 
-pub(crate) use cache::{BlockCache, Key};
+pub(crate) use cache::{BlockCache, CodeRights, Key};
+pub(crate) use vector::TEMP as VECTOR_TEMP;
 
 use crate::error::Exception;
 use crate::memory::PAGE;
@@ -33,6 +35,8 @@ const LONGEST: usize = 15;
 struct Builder {
     block: Block,
     mode: Mode,
+    /// SSE may be used, so that its instructions need not check.
+    vectors: bool,
     /// The block's last instruction was lowered to a jump.
     ended: bool,
 }
@@ -104,6 +108,7 @@ impl Processor {
                 ..Block::default()
             },
             mode,
+            vectors: self.state.vectors_enabled(),
             ended: false,
         };
         let limit = limit.min(LIMIT as u64) as usize;

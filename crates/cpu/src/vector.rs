@@ -5,6 +5,7 @@
 //! loads and checks everything before it writes anything, save MXCSR's flags, which an unmasked
 //! exception sets while the destination stays.
 
+mod direct;
 mod lanes;
 mod moves;
 mod native;
@@ -17,6 +18,7 @@ use crate::error::{Exception, Vector};
 use crate::mmu::Access;
 use crate::processor::{Environment, Executed, Flow, Processor};
 use crate::state::rflags;
+pub(crate) use direct::{Shape, shape};
 use native::{Beside, Xmm};
 
 /// MXCSR's bits: with denormals-are-zero, as every processor of the profile.

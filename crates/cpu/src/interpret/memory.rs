@@ -19,7 +19,7 @@ impl Frame<'_> {
     }
 
     /// Checks that the operand's address is canonical. The TLB knows no others.
-    fn canonical(&self, op: &MicroOp, linear: u64, size: u8) -> Result<(), Exception> {
+    pub(super) fn canonical(&self, op: &MicroOp, linear: u64, size: u8) -> Result<(), Exception> {
         let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
         if canonical(linear) && canonical(linear.wrapping_add(u64::from(size) - 1)) {
             return Ok(());
@@ -64,7 +64,7 @@ impl Frame<'_> {
     }
 
     /// Ends the block after this instruction if code was written: it may be the block's.
-    fn look_at_code(&mut self, op: &MicroOp) {
+    pub(super) fn look_at_code(&mut self, op: &MicroOp) {
         if self.cpu.ram.code_epoch.load(Ordering::SeqCst) != self.epoch {
             self.stop_before(op.at + 1);
         }

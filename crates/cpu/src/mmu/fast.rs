@@ -1,4 +1,4 @@
-//! What the interpreter does for a load or a store that the TLB knows: aligned, in RAM. Everything
+//! What the interpreter does for a load or a store that the TLB knows: in one page of RAM. Everything
 //! else is the slow path's.
 
 use super::{ENTRIES, PAGE, PAGE_SHIFT, Rights, Tlb};
@@ -6,7 +6,7 @@ use crate::memory::{self, Ram};
 use crate::processor::Processor;
 
 impl Tlb {
-    /// Host address of an aligned operand that may be read or, with `WRITE`, written unseen.
+    /// Host address of an operand in one page that may be read or, with `WRITE`, written unseen.
     #[inline(always)]
     fn probe<const SIZE: u8, const WRITE: bool>(
         &self,
@@ -16,11 +16,12 @@ impl Tlb {
         let page = linear >> PAGE_SHIFT;
         let entry = &self.entries[rights as usize][page as usize % ENTRIES];
         let tag = if WRITE { entry.write } else { entry.read };
-        if tag != page || linear & u64::from(SIZE - 1) != 0 || entry.host.is_null() {
+        let offset = linear & (PAGE - 1);
+        if tag != page || offset > PAGE - SIZE as u64 || entry.host.is_null() {
             return None;
         }
         // SAFETY: the entry's host address is that of a whole page of RAM.
-        Some(unsafe { entry.host.add((linear & (PAGE - 1)) as usize) })
+        Some(unsafe { entry.host.add(offset as usize) })
     }
 
     /// Gives up writing pages unseen of which somebody wants to hear by now. They may just have been
@@ -42,7 +43,7 @@ impl Processor {
     #[inline(always)]
     pub(crate) fn fast_load<const SIZE: u8>(&self, linear: u64, rights: Rights) -> Option<u64> {
         let host = self.tlb.probe::<SIZE, false>(linear, rights)?;
-        // SAFETY: an aligned operand in a page of RAM.
+        // SAFETY: an operand in a page of RAM.
         Some(unsafe { memory::read(host, SIZE) })
     }
 
@@ -54,7 +55,7 @@ impl Processor {
         rights: Rights,
     ) -> Option<u64> {
         let host = self.tlb.probe::<SIZE, true>(linear, rights)?;
-        // SAFETY: an aligned operand in a page of RAM.
+        // SAFETY: an operand in a page of RAM.
         Some(unsafe { memory::read(host, SIZE) })
     }
 
@@ -69,8 +70,27 @@ impl Processor {
         let Some(host) = self.tlb.probe::<SIZE, true>(linear, rights) else {
             return false;
         };
-        // SAFETY: an aligned operand in a page of RAM.
+        // SAFETY: an operand in a page of RAM.
         unsafe { memory::write(host, SIZE, value) };
+        true
+    }
+
+    /// Loads 16 bytes if the TLB knows where.
+    #[inline(always)]
+    pub(crate) fn fast_load_16(&self, linear: u64, rights: Rights) -> Option<[u8; 16]> {
+        let host = self.tlb.probe::<16, false>(linear, rights)?;
+        // SAFETY: an operand in a page of RAM.
+        Some(unsafe { memory::read_16(host) })
+    }
+
+    /// Stores them if nobody has to see it; says whether it did.
+    #[inline(always)]
+    pub(crate) fn fast_store_16(&self, linear: u64, rights: Rights, value: &[u8; 16]) -> bool {
+        let Some(host) = self.tlb.probe::<16, true>(linear, rights) else {
+            return false;
+        };
+        // SAFETY: an operand in a page of RAM.
+        unsafe { memory::write_16(host, value) };
         true
     }
 

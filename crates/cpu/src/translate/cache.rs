@@ -46,6 +46,15 @@ impl Hasher for WordHasher {
 
 type WordMap<K, V> = HashMap<K, V, BuildHasherDefault<WordHasher>>;
 
+/// What code may do, as far as its translation depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct CodeRights {
+    /// At CPL 3.
+    pub(crate) user: bool,
+    /// With SSE.
+    pub(crate) vectors: bool,
+}
+
 /// What a block's translation depends on, beside its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
@@ -54,7 +63,7 @@ pub(crate) struct Key {
     /// RIP; 0 in 64-bit mode, whose blocks are position-independent.
     pub(crate) rip: u64,
     pub(crate) mode: Mode,
-    pub(crate) user: bool,
+    pub(crate) rights: CodeRights,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -92,14 +101,15 @@ impl BlockCache {
     /// Identifies what entries by linear address depend on, for code on pages that are global or not;
     /// never zero.
     #[inline]
-    pub(crate) fn stamp(&self, tlb: &Tlb, global: bool, mode: Mode, user: bool) -> u64 {
+    pub(crate) fn stamp(&self, tlb: &Tlb, global: bool, mode: Mode, rights: CodeRights) -> u64 {
         let generation = if global {
             tlb.global_generation
         } else {
             tlb.generation
         };
-        let flags = u64::from(global) << 3 | (mode as u64) << 1 | u64::from(user);
-        (generation + self.drops + 1) << 4 | flags
+        let rights = u64::from(rights.vectors) << 1 | u64::from(rights.user);
+        let flags = u64::from(global) << 4 | (mode as u64) << 2 | rights;
+        (generation + self.drops + 1) << 5 | flags
     }
 
     fn recent_index(rip: u64) -> usize {

@@ -42,6 +42,7 @@ fn uses(op: Op, c: u8) -> Uses {
         | Sar8F | Sar16F | Sar32F | Sar64F => (0, STATUS, 0),
         Rol8F | Rol16F | Rol32F | Rol64F | Ror8F | Ror16F | Ror32F | Ror64F => (0, CF | OF, 0),
         BitTest32F | BitTest64F => (0, CF, CF),
+        VectorCompareF => (0, STATUS, STATUS),
         _ if without_flags(op).is_some() => (0, STATUS, STATUS),
         Imul16F | Imul32F | Imul64F | MulWide32F | MulWide64F | ImulWide32F | ImulWide64F
         | CmpJumpE32 | CmpJumpNe32 | CmpJumpB32 | CmpJumpAe32 | CmpJumpBe32 | CmpJumpA32
@@ -81,7 +82,9 @@ fn may_leave(op: Op) -> bool {
     writes_memory(op) || matches!(op,
         Load8 | Load16 | Load32 | Load64 | LoadSigned8To32 | LoadSigned8To64 | LoadSigned16To32
         | LoadSigned16To64 | LoadSigned32To64 | Pop | Return | JumpTo
-        | Divide32 | Divide64 | DivideSigned32 | DivideSigned64)
+        | Divide32 | Divide64 | DivideSigned32 | DivideSigned64
+        | VectorLoad16 | VectorLoad16A | VectorLoad8 | VectorLoad4 | VectorLoad2
+        | VectorFloat | VectorImmediate | VectorCompareF | VectorConvertFrom | VectorConvertTo)
 }
 
 /// Whether the block may end after an operation's instruction, because that wrote code.
@@ -89,7 +92,8 @@ fn may_leave(op: Op) -> bool {
 fn writes_memory(op: Op) -> bool {
     use Op::*;
     matches!(op, LoadForWrite8 | LoadForWrite16 | LoadForWrite32 | LoadForWrite64
-        | Store8 | Store16 | Store32 | Store64 | Push | Call | CallTo | Complex)
+        | Store8 | Store16 | Store32 | Store64 | Push | Call | CallTo | Complex
+        | VectorStore16 | VectorStore16A | VectorStore8 | VectorStore4)
 }
 
 /// Takes flags from the operations whose flags nobody reads.

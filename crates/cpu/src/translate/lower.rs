@@ -107,7 +107,12 @@ impl Builder {
             Register::GS => slot::SEGMENT_BASE + 5,
             _ => slot::ZERO,
         };
-        let stack = if instruction.memory_segment() == Register::SS {
+        // Prefixes that name another segment than FS and GS do not count.
+        let on_stack = matches!(
+            instruction.memory_base().full_register(),
+            Register::RSP | Register::RBP
+        );
+        let stack = if on_stack && segment == slot::ZERO {
             STACK
         } else {
             0
@@ -382,7 +387,8 @@ impl Builder {
             M::Bt => self.bit_test(instruction),
             _ => self
                 .lower_move(instruction)
-                .or_else(|| self.lower_control(instruction)),
+                .or_else(|| self.lower_control(instruction))
+                .or_else(|| self.lower_vector(instruction)),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::execute::operand::operand_size;
 use crate::processor::{Environment, Processor};
 
 /// A byte for each lane of `size` bytes: whether its top bit is set, from lane 0 in bit 0.
-fn sign_bits(bytes: &[u8], size: usize) -> u64 {
+pub(super) fn sign_bits(bytes: &[u8], size: usize) -> u64 {
     let lanes = bytes.chunks_exact(size).enumerate();
     lanes.fold(0, |mask, (lane, bytes)| {
         mask | u64::from(bytes[size - 1] >> 7) << lane

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use mica_cpu::{Environment, Exception, FxState, Processor, Segment, SegmentName, State};
+use mica_cpu::{
+    DescriptorTable, Environment, Exception, FxState, Processor, Segment, SegmentName, State, Stop,
+};
 
 use crate::case::{
     BASE, CODE, CODE_LEN, Case, DATA, DATA_LEN, FS_BASE, GS_BASE, MAX_CODE, Outcome, PAGE, RODATA,
@@ -19,7 +21,31 @@ const USER_PT: u64 = 4 * PAGE;
 const CODE_FRAME: u64 = 5 * PAGE;
 const RODATA_FRAME: u64 = CODE_FRAME + CODE_LEN;
 const DATA_FRAME: u64 = RODATA_FRAME + PAGE;
-const END: u64 = DATA_FRAME + DATA_LEN as u64;
+/// What a kernel needs: tables, handlers, a stack.
+const KERNEL_PDPT: u64 = DATA_FRAME + DATA_LEN as u64;
+const TABLES: u64 = KERNEL_PDPT + PAGE;
+const IDT: u64 = TABLES;
+const TSS: u64 = TABLES + 0x400;
+const GDT: u64 = TABLES + 0x800;
+/// A HLT for each vector.
+const HANDLERS: u64 = TABLES + 0xc00;
+const STACK_TOP: u64 = TABLES + 2 * PAGE;
+const END: u64 = STACK_TOP;
+/// Where all of physical memory is for supervisors.
+const KERNEL: u64 = 0xffff_8000_0000_0000;
+
+/// How a case is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Each instruction by its decoded form; the exception is taken as a value.
+    Steps,
+    /// Translated to blocks; the exception is delivered to a kernel.
+    Blocks,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 2] = [Self::Steps, Self::Blocks];
+}
 
 /// More than the longest repeated string instruction of a case takes.
 const MAX_STEPS: u32 = 1 << 18;
@@ -48,6 +74,7 @@ impl Engine {
     pub(crate) fn new(background: &[u8]) -> Self {
         let memory = Physical::new(END as usize);
         page_tables(&memory);
+        kernel(&memory);
         memory.write(CODE_FRAME, &[INT3; CODE_LEN as usize]);
         memory.write(RODATA_FRAME, background);
         Self {
@@ -58,13 +85,48 @@ impl Engine {
         }
     }
 
-    pub(crate) fn run(&mut self, case: &Case) -> Outcome {
+    pub(crate) fn run(&mut self, case: &Case, way: Way) -> Outcome {
         self.load(case);
-        // Repeated string instructions take several steps.
-        let raised = (0..MAX_STEPS).find_map(|_| self.processor.step(&Nothing).err());
-        let outcome = self.outcome(raised);
+        let outcome = match way {
+            Way::Steps => {
+                // Repeated string instructions take several steps.
+                let raised = (0..MAX_STEPS).find_map(|_| self.processor.step(&Nothing).err());
+                self.outcome(raised)
+            }
+            Way::Blocks => self.run_blocks(),
+        };
         let (frame, len) = place(case);
         self.memory.write(frame, &[INT3; MAX_CODE][..len]);
+        outcome
+    }
+
+    /// Runs to the kernel's handler and reads from its stack what the program looked like.
+    fn run_blocks(&mut self) -> Outcome {
+        let stop = self.processor.run(&Nothing, MAX_STEPS.into());
+        let mut outcome = self.outcome(None);
+        if stop != Stop::Halted {
+            return outcome;
+        }
+        let vector = (outcome.rip - 1 - KERNEL - HANDLERS) / 2;
+        let mut at = outcome.registers[4] - KERNEL;
+        let mut pop = || {
+            let mut bytes = [0; 8];
+            self.memory.read(at, &mut bytes);
+            at += 8;
+            u64::from_le_bytes(bytes)
+        };
+        if matches!(vector, 8 | 10..=14 | 17) {
+            outcome.error = pop();
+        }
+        outcome.trap = vector;
+        outcome.rip = pop();
+        assert_eq!(pop(), 0x33, "CS");
+        // As the host's: a fault's image has RF, which is not compared.
+        outcome.rflags = pop();
+        outcome.registers[4] = pop();
+        if vector == 14 {
+            outcome.address = self.processor.state.cr2;
+        }
         outcome
     }
 
@@ -118,6 +180,22 @@ fn place(case: &Case) -> (u64, usize) {
     (CODE_FRAME + offset, len)
 }
 
+/// Handlers that halt, and the way to them.
+fn kernel(memory: &Physical) {
+    memory.write_u64(PML4 + 256 * 8, KERNEL_PDPT | 3);
+    memory.write_u64(KERNEL_PDPT, 0x83);
+    memory.write_u64(GDT + 8, 0x00af_9b00_0000_ffff);
+    memory.write_u64(TSS + 4, KERNEL + STACK_TOP);
+    for vector in 0..32 {
+        let handler = KERNEL + HANDLERS + 2 * vector;
+        // An interrupt gate that any program may use, to selector 8.
+        let gate = handler & 0xffff | 8 << 16 | 0xee << 40 | (handler >> 16 & 0xffff) << 48;
+        memory.write_u64(IDT + 16 * vector, gate);
+        memory.write_u64(IDT + 16 * vector + 8, handler >> 32);
+        memory.write(HANDLERS + 2 * vector, &[0xf4, 0xf4]);
+    }
+}
+
 fn page_tables(memory: &Physical) {
     const PRESENT: u64 = 1;
     const WRITE: u64 = 2;
@@ -161,5 +239,19 @@ fn user_state() -> State {
     // NXE, LMA, LME, SCE.
     state.efer = 0xd01;
     state.cr3 = PML4;
+    state.gdt = DescriptorTable {
+        base: KERNEL + GDT,
+        limit: 15,
+    };
+    state.idt = DescriptorTable {
+        base: KERNEL + IDT,
+        limit: 32 * 16 - 1,
+    };
+    state.tr = Segment {
+        selector: 0x40,
+        base: KERNEL + TSS,
+        limit: 0x67,
+        attributes: 0x8b,
+    };
     state
 }

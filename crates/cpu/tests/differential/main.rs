@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use case::{Case, DATA, DATA_LEN, Outcome, PAGE_FAULT, Planned, background};
-use engine::Engine;
+use engine::{Engine, Way};
 use generate::Generator;
 use host::{BATCH, Host};
 
@@ -78,20 +78,26 @@ impl Comparison {
         };
         for (planned, host) in planned.iter().zip(&outcomes) {
             self.compared += 1;
-            let run = AssertUnwindSafe(|| self.engine.run(&planned.case));
-            let Ok(engine) = catch_unwind(run) else {
-                let nothing = Outcome::default();
-                let text = || report::report(planned, host, &nothing, "the engine panics");
-                self.note(planned, "panic", text);
-                self.engine = Engine::new(&self.background);
-                continue;
-            };
-            if let Some(found) = compare::difference(planned, host, &engine) {
-                let what = found.split(':').next().unwrap_or_default();
-                let what = what.split_whitespace().next().unwrap_or_default();
-                let text = || report::report(planned, host, &engine, &found);
-                self.note(planned, what, text);
-            }
+            Way::ALL
+                .into_iter()
+                .for_each(|way| self.compare(planned, host, way));
+        }
+    }
+
+    fn compare(&mut self, planned: &Planned, host: &Outcome, way: Way) {
+        let run = AssertUnwindSafe(|| self.engine.run(&planned.case, way));
+        let Ok(engine) = catch_unwind(run) else {
+            let nothing = Outcome::default();
+            let text = || report::report(planned, host, &nothing, "the engine panics");
+            self.note(planned, &format!("{way:?} panic"), text);
+            self.engine = Engine::new(&self.background);
+            return;
+        };
+        if let Some(found) = compare::difference(planned, host, &engine) {
+            let what = found.split(':').next().unwrap_or_default();
+            let what = what.split_whitespace().next().unwrap_or_default();
+            let text = || report::report(planned, host, &engine, &found);
+            self.note(planned, &format!("{way:?} {what}"), text);
         }
     }
 
