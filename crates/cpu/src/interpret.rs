@@ -54,9 +54,10 @@ struct Frame<'a> {
     rights: Rights,
     /// [`crate::memory::Ram::code_epoch`] when the block was known to be up to date.
     epoch: u64,
-    /// The micro-operations and instructions that are executed at most.
-    end: usize,
-    count: u16,
+    /// The instruction before which the block has to end.
+    stop: Option<u16>,
+    /// RIP is set and the rest of the state whole: nothing more of the block is executed.
+    left: bool,
     ended: Ended,
 }
 
@@ -106,11 +107,10 @@ impl Frame<'_> {
         }
     }
 
-    /// Ends the block before instruction `index`.
+    /// Ends the block before instruction `index`: the operations up to there are still executed.
     #[cold]
     fn stop_before(&mut self, index: u16) {
-        self.count = index;
-        self.end = self.block.starts[usize::from(index).min(self.block.count())].into();
+        self.stop = Some(self.stop.map_or(index, |stop| stop.min(index)));
     }
 
     #[cold]
@@ -118,6 +118,7 @@ impl Frame<'_> {
         self.cpu.state.rip = self.rip_of(op.at);
         self.ended.retired = op.at.into();
         self.ended.fault = Some(exception);
+        self.left = true;
         Err(Exit)
     }
 
@@ -126,21 +127,40 @@ impl Frame<'_> {
     fn leave(&mut self, op: &MicroOp, rip: u64) -> Step {
         self.cpu.state.rip = rip;
         self.ended.retired = u64::from(op.at) + 1;
+        self.left = true;
         Err(Exit)
     }
 
     fn run(&mut self) {
-        let block = self.block;
-        let mut next = 0;
-        while next < self.end {
-            let Some(op) = block.ops.get(next) else { break };
-            next += 1;
+        let mut ops = self.block.ops.iter();
+        for op in ops.by_ref() {
             if self.dispatch(op).is_err() {
+                if let Some(stop) = self.stop {
+                    self.run_up_to(ops.as_slice(), stop);
+                }
                 return;
             }
         }
-        self.cpu.state.rip = self.rip_of(self.count);
-        self.ended.retired = self.count.into();
+        self.end_before(self.block.count() as u16);
+    }
+
+    /// Executes what belongs to the instructions before `stop`.
+    #[cold]
+    fn run_up_to(&mut self, ops: &[MicroOp], stop: u16) {
+        for op in ops.iter().take_while(|op| op.at < stop) {
+            if self.dispatch(op).is_err() && self.left {
+                return;
+            }
+        }
+        if !self.left {
+            self.end_before(stop);
+        }
+    }
+
+    /// The block was executed up to an instruction.
+    fn end_before(&mut self, index: u16) {
+        self.cpu.state.rip = self.rip_of(index);
+        self.ended.retired = index.into();
     }
 }
 
@@ -155,8 +175,8 @@ impl Processor {
             block,
             rights,
             epoch,
-            end: block.ops.len(),
-            count: block.count() as u16,
+            stop: None,
+            left: false,
             ended: Ended::default(),
         };
         frame.run();
@@ -164,7 +184,8 @@ impl Processor {
     }
 }
 
-/// Makes the `match` of a table: `plain` operations just go on, `may_leave` ones give a [`Step`].
+/// Makes the `match` of a table: `plain` operations just go on, `may_leave` ones give a [`Step`] and may
+/// have asked for the block's end.
 macro_rules! dispatch {
     ($f:ident, $op:ident; plain { $($plain:ident: $do:expr;)* } may_leave { $($leaver:ident: $step:expr;)* }) => {
         impl Frame<'_> {
@@ -173,7 +194,10 @@ macro_rules! dispatch {
                 let $f = self;
                 match $op.op {
                     $(Op::$plain => $do,)*
-                    $(Op::$leaver => return $step,)*
+                    $(Op::$leaver => {
+                        $step?;
+                        return if $f.stop.is_none() { Ok(()) } else { Err(Exit) };
+                    })*
                 }
                 Ok(())
             }

@@ -16,8 +16,10 @@ use crate::translate::{BlockCache, CodeRights, Key};
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
-/// Blocks between two looks for interrupts that nobody announced.
-const LOOK_EVERY: u32 = 1024;
+/// Blocks in a row between two looks around.
+const CHAIN: u32 = 64;
+/// Such rows between two looks for interrupts that nobody announced.
+const LOOK_EVERY: u32 = 16;
 
 /// What is around the processor's core. Called from inside [`Processor::run`]. What is not implemented
 /// is an empty board: no devices at ports, no MSRs, no interrupts, a clock that stands still.
@@ -147,7 +149,7 @@ impl Processor {
     /// too, so that a guest that only faults does not run for ever.
     ///
     /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
-    /// [`LOOK_EVERY`] blocks; who raises one sets the attention flag to have it delivered sooner.
+    /// [`LOOK_EVERY`] rows of blocks; who raises one sets the attention flag to have it delivered sooner.
     pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
         let mut cache = std::mem::take(&mut self.blocks);
         let stop = self.run_cached(env, budget, &mut cache);
@@ -163,14 +165,14 @@ impl Processor {
         mut budget: u64,
         cache: &mut BlockCache,
     ) -> Stop {
-        let (mut look, mut blocks) = (true, 0u32);
+        let (mut look, mut rows) = (true, 0u32);
         loop {
             if budget == 0 || self.attention.load(Ordering::Relaxed) {
                 self.attention.store(false, Ordering::SeqCst);
                 return Stop::Attention;
             }
-            blocks = blocks.wrapping_add(1);
-            if look || blocks.is_multiple_of(LOOK_EVERY) {
+            rows = rows.wrapping_add(1);
+            if look || rows.is_multiple_of(LOOK_EVERY) {
                 if self.take_interrupt(env).is_err() {
                     return Stop::TripleFault;
                 }
@@ -183,7 +185,7 @@ impl Processor {
             let limit = if look || step { 1 } else { budget };
             self.state.shadow = false;
             self.state.flags &= !rflags::RF;
-            let ended = self.run_one(env, cache, limit);
+            let ended = self.run_row(env, cache, limit);
             look |= ended.look;
             self.retired += ended.retired;
             budget = budget.saturating_sub(ended.retired);
@@ -240,8 +242,8 @@ impl Processor {
         }
     }
 
-    /// Executes a block, or the first `limit` instructions of it.
-    fn run_one(&mut self, env: &dyn Environment, cache: &mut BlockCache, limit: u64) -> Ended {
+    /// Executes some blocks, or the first `limit` instructions of them.
+    fn run_row(&mut self, env: &dyn Environment, cache: &mut BlockCache, limit: u64) -> Ended {
         let epoch = self.ram.code_epoch.load(Ordering::SeqCst);
         if epoch != cache.epoch {
             cache.drop_stale(&self.ram);
@@ -254,7 +256,8 @@ impl Processor {
         self.see_watched(cache);
         let block = cache.block(number);
         if block.count() as u64 <= limit {
-            return self.run_block(env, block, epoch);
+            let ended = self.run_block(env, block, epoch);
+            return self.go_on(env, cache, limit, ended);
         }
         // The flags that a whole block leaves out may be needed where this one ends.
         let linear = self.code_linear();
@@ -262,6 +265,57 @@ impl Processor {
             Ok((block, _)) => self.run_block(env, &block, epoch),
             Err(exception) => Ended::fault(exception),
         }
+    }
+
+    /// Executes the blocks that follow one, as long as they are known and nothing has to be looked at.
+    fn go_on(
+        &mut self,
+        env: &dyn Environment,
+        cache: &BlockCache,
+        limit: u64,
+        first: Ended,
+    ) -> Ended {
+        let mut ended = first;
+        if self.state.mode() != Mode::Bits64 || ended.look || ended.fault.is_some() {
+            return ended;
+        }
+        // What these depend on changes only where there is something to look at.
+        let stamps = self.stamps(cache, self.code_rights());
+        let mut retired = ended.retired;
+        for _ in 0..CHAIN {
+            if self.attention.load(Ordering::Relaxed)
+                || self.ram.code_epoch.load(Ordering::SeqCst) != cache.epoch
+                || self.ram.watch_epoch.load(Ordering::SeqCst) != cache.watched
+            {
+                break;
+            }
+            let Some(number) = cache.recent(self.state.rip, stamps) else {
+                break;
+            };
+            let block = cache.block(number);
+            if block.count() as u64 > limit - retired {
+                break;
+            }
+            ended = self.run_block(env, block, cache.epoch);
+            retired += ended.retired;
+            if ended.look || ended.fault.is_some() {
+                break;
+            }
+        }
+        ended.retired = retired;
+        ended
+    }
+
+    fn code_rights(&self) -> CodeRights {
+        CodeRights {
+            user: self.state.cpl() == 3,
+            vectors: self.state.vectors_enabled(),
+        }
+    }
+
+    /// What marks entries for 64-bit code that are valid now.
+    fn stamps(&self, cache: &BlockCache, rights: CodeRights) -> [u64; 2] {
+        [false, true].map(|global| cache.stamp(&self.tlb, global, Mode::Bits64, rights))
     }
 
     /// The linear address of RIP.
@@ -276,13 +330,9 @@ impl Processor {
     /// The number of the block at RIP.
     #[inline]
     fn find_block(&mut self, cache: &mut BlockCache) -> Result<u32, Exception> {
-        let rights = CodeRights {
-            user: self.state.cpl() == 3,
-            vectors: self.state.vectors_enabled(),
-        };
+        let rights = self.code_rights();
         if self.state.mode() == Mode::Bits64 {
-            let stamp = |global| cache.stamp(&self.tlb, global, Mode::Bits64, rights);
-            let stamps = [stamp(false), stamp(true)];
+            let stamps = self.stamps(cache, rights);
             if let Some(number) = cache.recent(self.state.rip, stamps) {
                 return Ok(number);
             }

@@ -156,7 +156,6 @@ impl Frame<'_> {
             Some(instruction) => self.cpu.execute(self.env, &instruction),
             None => Err(Exception::ud()),
         };
-        self.ended.retired = op.at.into();
         match executed {
             Ok(Flow::Next) => {
                 let written = self.cpu.ram.code_epoch.load(Ordering::SeqCst) != self.epoch;
@@ -168,13 +167,17 @@ impl Frame<'_> {
                 return Ok(());
             }
             Ok(Flow::Jump) => {
-                self.ended.retired += 1;
+                self.ended.retired = u64::from(op.at) + 1;
                 self.ended.no_trap = decoded.is_some_and(|decoded| enters_kernel(&decoded));
             }
-            Ok(Flow::Again) => {}
-            Err(exception) => self.ended.fault = Some(exception),
+            Ok(Flow::Again) => self.ended.retired = op.at.into(),
+            Err(exception) => {
+                self.ended.retired = op.at.into();
+                self.ended.fault = Some(exception);
+            }
         }
         self.ended.look = true;
+        self.left = true;
         Err(Exit)
     }
 }
