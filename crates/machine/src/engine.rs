@@ -1,7 +1,7 @@
 //! The seam between a machine and what executes its guest's instructions.
 //!
 //! An [`Engine`] is one VM's execution: vCPUs, interrupt controllers and the clock. KVM is the first
-//! implementation ([`crate::kvm`]); a processor in software is the second. Devices see only the
+//! implementation ([`crate::kvm`]); a processor in software is the second ([`crate::soft`]). Devices see only the
 //! interrupt and notification traits, so the same device runs on both.
 //!
 //! An engine calls the machine's buses from inside [`Vcpu::run`], which therefore returns only when
@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::cpu_profile::CpuidTable;
 use crate::memory::dirty::DirtySource;
 use state::{PlatformState, VcpuState};
 pub(crate) use unknown_msrs::UnknownMsrs;
@@ -168,8 +169,12 @@ pub trait Vcpu: Send {
 
 /// What executes one VM's guest. It is shared by the VM process's threads.
 pub trait Engine: InterruptSource {
-    /// As a user names it: `kvm`.
+    /// As a user names it: `kvm` or `soft`.
     fn name(&self) -> &'static str;
+
+    /// The CPUID table of the guest, but for what differs between its vCPUs. What a migration
+    /// compares.
+    fn cpuid(&self) -> &CpuidTable;
 
     /// Makes the vCPU of that index, once for each index from zero; the index is its APIC ID. vCPU 0
     /// starts running, the others wait for INIT and SIPI.

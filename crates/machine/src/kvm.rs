@@ -115,18 +115,15 @@ impl KvmEngine {
             vm,
         })
     }
-
-    /// The CPUID table of the guest, but for what differs between its vCPUs. What a migration
-    /// compares.
-    #[must_use]
-    pub fn cpuid(&self) -> &CpuidTable {
-        &self.cpuid
-    }
 }
 
 impl Engine for KvmEngine {
     fn name(&self) -> &'static str {
         "kvm"
+    }
+
+    fn cpuid(&self) -> &CpuidTable {
+        &self.cpuid
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {

@@ -1,12 +1,10 @@
 //! The log of pages that processors write.
-//!
-//! It is a coarse one: while it is on, every page counts as written, which [`DirtySource`] allows.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use mica_base::units::PAGE_SIZE;
+use vm_memory::GuestAddress;
 
 use super::engine::Shared;
 use crate::memory::dirty::{DirtyPages, DirtySource};
@@ -14,35 +12,28 @@ use crate::memory::dirty::{DirtyPages, DirtySource};
 /// All vCPUs' log.
 pub(super) struct SoftDirtyLog {
     shared: Arc<Shared>,
-    on: AtomicBool,
 }
 
 impl SoftDirtyLog {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self {
-            shared,
-            on: AtomicBool::new(false),
-        }
+        Self { shared }
     }
 }
 
 impl DirtySource for SoftDirtyLog {
     fn start(&self) -> io::Result<()> {
-        self.on.store(true, Ordering::SeqCst);
+        self.shared.ram.set_dirty_log(true);
         Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {
-        self.on.store(false, Ordering::SeqCst);
+        self.shared.ram.set_dirty_log(false);
         Ok(())
     }
 
     fn drain(&self, into: &mut DirtyPages) -> io::Result<()> {
-        if self.on.load(Ordering::SeqCst) {
-            for region in self.shared.memory.iter() {
-                into.mark(region.start_addr(), region.len());
-            }
-        }
+        let visit = |address| into.mark(GuestAddress(address), PAGE_SIZE);
+        self.shared.ram.take_dirty(visit);
         Ok(())
     }
 }

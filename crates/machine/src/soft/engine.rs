@@ -150,6 +150,10 @@ impl Engine for SoftEngine {
         "soft"
     }
 
+    fn cpuid(&self) -> &CpuidTable {
+        &self.cpuid
+    }
+
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
         let refuse =
             |reason: String| EngineError::new(format!("create vCPU {index}"), invalid(reason));

@@ -182,12 +182,44 @@ fn check(vcpu: &SoftVcpu, saved: &VcpuState) -> Result<(), EngineError> {
         "a software interrupt is being delivered"
     } else if events.smm || events.smi_pending {
         "it is in system management mode"
+    } else if saved.xsave.len() < XSAVE_LEN {
+        "its XSAVE area is too short"
     } else if saved.xcr0 & !1 != 0 {
         "it has more state than x87 and SSE"
     } else {
-        return Ok(());
+        impossible(&saved.special).unwrap_or_default()
     };
+    if reason.is_empty() {
+        return Ok(());
+    }
     Err(vcpu.refuse(reason.to_owned()))
+}
+
+/// What no processor's control registers can be (SDM volume 3, 2.5 and 2.2.1).
+fn impossible(special: &SpecialRegisters) -> Option<&'static str> {
+    const PG: u64 = 1 << 31;
+    const PE: u64 = 1;
+    const PAE: u64 = 1 << 5;
+    const CR0_BITS: u64 = 0xe005_003f;
+    // TSD to OSXMMEXCPT, UMIP, FSGSBASE, PCIDE, SMEP, SMAP.
+    const CR4_BITS: u64 = 0x33_0ffc;
+    const EFER_BITS: u64 = 0xd01;
+    let (lme, lma) = (special.efer >> 8 & 1 != 0, special.efer >> 10 & 1 != 0);
+    let paging = special.cr0 & PG != 0;
+    if special.cr0 & !CR0_BITS != 0 || paging && special.cr0 & PE == 0 {
+        Some("no CR0 can be so")
+    } else if special.cr4 & !CR4_BITS != 0 {
+        Some("no CR4 can be so")
+    } else if special.efer & !EFER_BITS != 0
+        || lma != (lme && paging)
+        || lma && special.cr4 & PAE == 0
+    {
+        Some("no EFER can be so")
+    } else if special.cr8 > 15 {
+        Some("no CR8 can be so")
+    } else {
+        None
+    }
 }
 
 impl SoftVcpu {

@@ -9,7 +9,40 @@ mod engine;
 mod probe;
 mod state;
 
+use std::fs::OpenOptions;
+use std::sync::Arc;
+
+use mica_machine::cpu_profile::CpuProfile;
+use mica_machine::engine::{Engine, EngineError};
+use mica_machine::kvm::{KvmConfig, KvmEngine};
+use mica_machine::memory::GuestMemory;
 use xtask::lab::Lab;
+
+/// The engine under test; nothing, and a word on why, where there is no `/dev/kvm`.
+fn make_engine(
+    memory: &GuestMemory,
+    vcpus: u32,
+    profile: CpuProfile,
+) -> Option<Result<Arc<dyn Engine>, EngineError>> {
+    let device = match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: no usable /dev/kvm: {error}");
+            return None;
+        }
+    };
+    let config = KvmConfig {
+        memory: memory.clone(),
+        vcpus,
+        profile,
+    };
+    Some(KvmEngine::new(device.into(), config).map(|engine| Arc::new(engine) as Arc<dyn Engine>))
+}
+
+/// Whether level 2 must be there, and CPUID must be the table's.
+fn gives_every_profile() -> bool {
+    probe::has_hardware_virtualization()
+}
 
 /// This very program runs once more where `/dev/kvm` is the kernel's own on a processor with SVM.
 #[test]

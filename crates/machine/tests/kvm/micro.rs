@@ -2,14 +2,11 @@
 
 #![allow(unreachable_pub)] // shared by the modules of one test program
 
-use std::fs::OpenOptions;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use mica_base::units::Bytes;
 use mica_machine::cpu_profile::CpuProfile;
 use mica_machine::engine::{BusAccess, Engine, EngineError, Exit, Kick, Vcpu};
-use mica_machine::kvm::{KvmConfig, KvmEngine};
 use mica_machine::memory::{self, GuestMemory, MemoryOptions};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -21,17 +18,6 @@ pub const STACK: u64 = 0x8000;
 pub const REPORT: u16 = 0x99;
 /// An address outside RAM.
 pub const MMIO: u64 = 0xd000_0000;
-
-/// `/dev/kvm`, or a word on why the test does nothing.
-pub fn open_kvm() -> Option<OwnedFd> {
-    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(file) => Some(file.into()),
-        Err(error) => {
-            println!("skipped: no usable /dev/kvm: {error}");
-            None
-        }
-    }
-}
 
 /// One access that came out of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,13 +79,13 @@ impl BusAccess for Recorder {
 /// A VM with one vCPU, at the start of its code.
 pub struct Guest {
     pub vcpu: Box<dyn Vcpu>,
-    pub engine: KvmEngine,
+    pub engine: Arc<dyn Engine>,
     pub memory: GuestMemory,
     pub bus: Arc<Recorder>,
 }
 
 impl Guest {
-    /// A guest that executes `code`; `None` without KVM.
+    /// A guest that executes `code`; `None` without the engine.
     pub fn new(code: &[u8]) -> Option<Self> {
         Some(Self::empty()?.start(code))
     }
@@ -123,14 +109,8 @@ impl Guest {
 
     /// The same with a certain processor, if the host gives it.
     pub fn with_profile(profile: CpuProfile) -> Option<Result<Self, EngineError>> {
-        let kvm = open_kvm()?;
         let memory = memory::allocate(Bytes::mib(2), &MemoryOptions::default()).unwrap();
-        let config = KvmConfig {
-            memory: memory.clone(),
-            vcpus: 1,
-            profile,
-        };
-        let engine = match KvmEngine::new(kvm, config) {
+        let engine = match crate::make_engine(&memory, 1, profile)? {
             Ok(engine) => engine,
             Err(error) => return Some(Err(error)),
         };

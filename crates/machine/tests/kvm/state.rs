@@ -1,7 +1,7 @@
 //! The state of a micro-guest goes out and comes back bit for bit, and the guest goes on with it.
 
-use mica_machine::engine::state::{ClockState, PlatformState, RunState, VcpuState};
-use mica_machine::engine::{Engine, Exit};
+use mica_machine::engine::Exit;
+use mica_machine::engine::state::{ClockState, Msr, PlatformState, RunState, VcpuState};
 use mica_machine::layout;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -180,7 +180,12 @@ fn an_impossible_state_is_refused() {
     type Spoil = fn(&mut VcpuState);
     let spoils: [Spoil; 4] = [
         |state| state.special.cr4 = u64::MAX,
-        |state| state.msrs[0].index = 0x1234_5678,
+        |state| {
+            state.msrs[0] = Msr {
+                index: 0x1234_5678,
+                value: 1,
+            }
+        },
         |state| state.xsave.truncate(100),
         |state| state.xcr0 = u64::MAX,
     ];
@@ -197,16 +202,13 @@ fn an_impossible_state_is_refused() {
 fn application_processors_wait() {
     use mica_base::units::Bytes;
     use mica_machine::cpu_profile::CpuProfile;
-    use mica_machine::kvm::{KvmConfig, KvmEngine};
     use mica_machine::memory;
 
-    let Some(kvm) = open_kvm() else { return };
-    let config = KvmConfig {
-        memory: memory::allocate(Bytes::mib(2), &Default::default()).unwrap(),
-        vcpus: 3,
-        profile: CpuProfile::Host,
+    let memory = memory::allocate(Bytes::mib(2), &Default::default()).unwrap();
+    let Some(engine) = crate::make_engine(&memory, 3, CpuProfile::Host) else {
+        return;
     };
-    let engine = KvmEngine::new(kvm, config).unwrap();
+    let engine = engine.unwrap();
     let states: Vec<_> = (0..3)
         .map(|index| engine.create_vcpu(index).unwrap().save().unwrap())
         .collect();
