@@ -62,6 +62,23 @@ impl Guest {
         guest
     }
 
+    /// Another processor on the same memory, at the start of a program of its own.
+    pub(crate) fn second(
+        &mut self,
+        code: u64,
+        stack: u64,
+        program: impl FnOnce(&mut CodeAssembler),
+    ) -> Processor {
+        let mut cpu = Processor::new(Arc::clone(&self.cpu.ram));
+        cpu.state = self.cpu.state.clone();
+        cpu.state.rip = code;
+        cpu.state.set_register(4, stack);
+        let mut assembler = CodeAssembler::new(64).unwrap();
+        program(&mut assembler);
+        self.poke(code, &assembler.assemble(code).unwrap());
+        cpu
+    }
+
     /// Writes physical memory, as a device does that tells of it.
     pub(crate) fn poke(&mut self, address: u64, bytes: &[u8]) {
         self.cpu.ram.write(address, bytes);

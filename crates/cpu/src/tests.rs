@@ -1,5 +1,7 @@
 //! Small programs through translator, cache and interpreter.
 
+mod smp;
+
 use iced_x86::code_asm::*;
 
 use crate::processor::Stop;
