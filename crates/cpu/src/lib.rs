@@ -1,23 +1,28 @@
 //! An x86-64 processor in software.
 //!
-//! A [`Processor`] executes guest code on an x86-64 host without any help of the host's hypervisor. So
-//! far it has all that a user program sees: [`Processor::step`] decodes one instruction (with
-//! `iced-x86`) and executes it from its decoded form, with segment and paging checks on every access,
-//! and gives exceptions as values. What a kernel sees, delivery of exceptions and privileged
-//! instructions, comes next, and then translation of whole blocks; until then a privileged
-//! instruction is #UD and nothing in Mica runs a guest on this.
+//! A [`Processor`] executes guest code on an x86-64 host without any help of the host's hypervisor:
+//! user programs and kernels, in every mode from real to 64-bit. It has level 2 of the psABI's
+//! instruction sets. What is around it (ports, device memory, interrupts, clocks) is its
+//! [`Environment`].
+//!
+//! [`Processor::run`] translates code to blocks of micro-operations and interprets those;
+//! [`Processor::step`] executes one instruction from its decoded form, which is also how blocks execute
+//! what is rare. `docs/software-processor.md` argues the form.
 //!
 //! | module | what |
 //! |---|---|
+//! | `processor` | the run loop and the seam to what surrounds it |
 //! | `state` | registers and modes |
-//! | `flags` | the status flags, computed when somebody reads them |
-//! | `memory` | guest RAM as the processor sees it |
+//! | `memory` | guest RAM as the processor sees it; code and dirty pages |
 //! | `mmu` | linear to physical: page walks, the TLB, permissions |
+//! | `microop`, `flags` | the form of hot code; the status flags, computed when somebody reads them |
+//! | `translate`, `interpret` | into that form, and its execution |
 //! | `execute` | general-purpose instructions |
+//! | `system` | exceptions, interrupts, segments, tasks, privileged registers, ports |
 //! | `vector`, `x87` | SSE, MMX and x87, whose arithmetic the host's own units do |
 //!
-//! The proof is `tests/differential`: generated instructions run on the host's processor and here, and
-//! everything that the manual defines is compared.
+//! The proof is `tests/differential`: generated instructions run on the host's processor and here, both
+//! ways, and everything that the manual defines is compared. Kernels are `machine`'s to test.
 
 mod error;
 mod execute;
