@@ -7,14 +7,13 @@
 mod console;
 #[path = "support/images.rs"]
 mod images;
+#[path = "support/place.rs"]
+mod place;
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::fs;
 use std::time::Duration;
 
-use console::Vm;
+use place::Place;
 
 /// How long a guest may take to its prompt, while other tests want the same cores.
 const BOOT: Duration = Duration::from_secs(240);
@@ -23,70 +22,6 @@ const STEP: Duration = Duration::from_secs(60);
 
 const TINY: &str = "tiny# ";
 const DEBIAN: &str = "root@debian-socat:~# ";
-
-/// A directory that an ordinary user can reach, with mica and a folder of images.
-struct Place {
-    directory: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let place = Self { directory };
-        let everybody = Permissions::from_mode(0o755);
-        fs::set_permissions(place.path(), everybody).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_mica"), place.mica()).unwrap();
-        for own in ["run", "images"] {
-            fs::create_dir(place.path().join(own)).unwrap();
-            let anybody = Permissions::from_mode(0o777);
-            fs::set_permissions(place.path().join(own), anybody).unwrap();
-        }
-        place
-    }
-
-    fn path(&self) -> &Path {
-        self.directory.path()
-    }
-
-    fn mica(&self) -> PathBuf {
-        self.path().join("mica")
-    }
-
-    /// Copies an image, a folder of files.
-    fn add(&self, image: &Path) {
-        let to = self.path().join("images").join(image.file_name().unwrap());
-        fs::create_dir(&to).unwrap();
-        for file in fs::read_dir(image).unwrap() {
-            let from = file.unwrap().path();
-            let copy = to.join(from.file_name().unwrap());
-            fs::copy(&from, &copy).unwrap();
-            fs::set_permissions(&copy, Permissions::from_mode(0o666)).unwrap();
-        }
-        fs::set_permissions(&to, Permissions::from_mode(0o777)).unwrap();
-    }
-
-    /// `mica` with these arguments, as nobody if the test runs as root.
-    fn command(&self, arguments: &str) -> Command {
-        let mut command = if rustix::process::geteuid().is_root() {
-            let mut setpriv = Command::new("setpriv");
-            setpriv.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-            setpriv.arg(self.mica());
-            setpriv
-        } else {
-            Command::new(self.mica())
-        };
-        command
-            .args(arguments.split_whitespace())
-            .current_dir(self.path().join("run"))
-            .env("MICA_HOME", self.path())
-            .env("XDG_RUNTIME_DIR", self.path().join("run"));
-        command
-    }
-
-    fn start(&self, arguments: &str) -> Vm {
-        Vm::start(self.command(arguments))
-    }
-}
 
 /// Boots the tiny guest to its shell, uses it, reboots it from inside and powers it off.
 fn tiny_lives_a_whole_life(vcpus: u32) {

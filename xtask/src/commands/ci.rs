@@ -97,14 +97,27 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
 
 fn test_steps(steps: &mut Steps, arguments: &TestArguments) {
     if works("nextest") {
+        let ignored = if arguments.deep { "all" } else { "default" };
         steps.run("tests", || {
-            cargo(&["nextest", "run", "--workspace", "--no-tests", "pass"])
+            cargo(&[
+                "nextest",
+                "run",
+                "--workspace",
+                "--no-tests",
+                "pass",
+                "--run-ignored",
+                ignored,
+            ])
         });
         steps.run("documentation's examples", || {
             cargo(&["test", "--quiet", "--workspace", "--doc"])
         });
     } else {
-        steps.run("tests", || cargo(&["test", "--workspace"]));
+        let mut call = vec!["test", "--workspace"];
+        if arguments.deep {
+            call.extend(["--", "--include-ignored"]);
+        }
+        steps.run("tests", || cargo(&call));
     }
     let seconds = if arguments.deep {
         FUZZ_SECONDS_DEEP

@@ -21,6 +21,24 @@ pub(crate) fn debian_with_fio() -> PathBuf {
     image(name, &["debian", "--name", name, "--with", "fio"])
 }
 
+/// The same for Debian with programs that compute.
+pub(crate) fn debian_with_work() -> PathBuf {
+    let name = "debian-work";
+    let packages = [
+        "python3",
+        "libpython3.11-testsuite",
+        "openssl",
+        "sqlite3",
+        "xz-utils",
+        "zstd",
+        "gcc",
+        "libc6-dev",
+    ];
+    let mut arguments = vec!["debian", "--name", name];
+    arguments.extend(packages.iter().flat_map(|package| ["--with", package]));
+    image(name, &arguments)
+}
+
 fn image(name: &str, arguments: &[&str]) -> PathBuf {
     let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("home");
     let output = Command::new(env!("CARGO_BIN_EXE_mica"))
