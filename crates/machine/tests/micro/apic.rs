@@ -42,8 +42,7 @@ fn an_interrupt_to_itself_comes_when_interrupts_are_enabled() {
             a.mov(dword_ptr(rsi + ICR_LOW), TO_SELF | 0x61)?;
             a.mov(eax, 7)?;
             a.sti()?;
-            a.nop()?;
-            a.nop()
+            a.hlt()
         });
         assert_eq!((frame.vector, frame.error), (0x61, None));
         assert_eq!(guest.state.general.rax, 7);
@@ -59,8 +58,7 @@ fn the_higher_vector_comes_first_and_the_lower_after_its_end() {
             a.mov(dword_ptr(rsi + ICR_LOW), TO_SELF | 0x61)?;
             a.mov(dword_ptr(rsi + ICR_LOW), TO_SELF | 0x72)?;
             a.sti()?;
-            a.nop()?;
-            a.nop()
+            a.hlt()
         });
         assert_eq!(frame.vector, 0x72);
         // SDM 3A, 10.8.3.1: the processor's priority is that of the one in service.
@@ -70,8 +68,7 @@ fn the_higher_vector_comes_first_and_the_lower_after_its_end() {
             a.nop()?;
             a.inc(ebp)?;
             a.mov(dword_ptr(rsi + EOI), 0)?;
-            a.nop()?;
-            a.nop()
+            a.hlt()
         });
         assert_eq!((frame.vector, guest.state.general.rbp), (0x61, 1));
     });
@@ -90,8 +87,7 @@ fn the_task_priority_holds_interrupts_of_its_class_back() {
             a.mov(ebx, dword_ptr(rsi + TPR))?;
             a.xor(eax, eax)?;
             a.mov(cr8, rax)?;
-            a.nop()?;
-            a.nop()
+            a.hlt()
         });
         assert_eq!(frame.vector, 0x61);
         // SDM 3A, 10.8.6.1: CR8 is bits 7 to 4 of the register.
@@ -180,8 +176,8 @@ fn program_pic_and_pit(a: &mut CodeAssembler) -> Assembled {
 fn the_interval_timer_interrupts_real_mode_through_the_8259() {
     on_every_engine(|guest| {
         guest.real_mode();
-        // After power-on LINT0 passes the 8259's interrupt on (virtual wire mode is set here by
-        // hand, below, where the APIC can be reached).
+        // Virtual wire mode, set by hand because real mode does not reach the registers: LINT0 passes
+        // the 8259's interrupt on (SDM 3A, 10.5.1).
         let lint0 = guest.state.local_apic.get_mut(0x350..0x354).unwrap();
         lint0.copy_from_slice(&0x700_u32.to_le_bytes());
         let spurious = guest.state.local_apic.get_mut(0xf0..0xf4).unwrap();

@@ -95,6 +95,9 @@ pub enum Stop {
     TripleFault,
 }
 
+/// The panic of a case whose guest the engine cannot execute, with the engine's reason.
+pub struct Fatal(pub String);
+
 /// What the processor has pushed for a handler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -321,7 +324,7 @@ impl Guest {
                 Some(_) => Stop::Exception(self.frame()),
                 None => panic!("it does not end, and is at {:#x?}", self.state.general),
             },
-            Exit::Fatal(reason) => panic!("{reason}"),
+            Exit::Fatal(reason) => std::panic::panic_any(Fatal(reason)),
         }
     }
 
@@ -383,7 +386,10 @@ impl Guest {
     pub fn interrupted(&mut self, code: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Frame {
         match self.run(code) {
             Stop::Exception(frame) => frame,
-            stop => panic!("{stop:?} instead of an exception; {:#x?}", self.state.general),
+            stop => panic!(
+                "{stop:?} instead of an exception; {:#x?}",
+                self.state.general
+            ),
         }
     }
 

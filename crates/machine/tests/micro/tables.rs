@@ -127,7 +127,10 @@ impl Guest {
         }
         for vector in 0..=255 {
             // out EXCEPTION, al; jmp $
-            self.write(Self::handler(vector), [0xe6, Self::EXCEPTION as u8, 0xeb, 0xfe]);
+            self.write(
+                Self::handler(vector),
+                [0xe6, Self::EXCEPTION as u8, 0xeb, 0xfe],
+            );
         }
     }
 
@@ -150,7 +153,10 @@ impl Guest {
         let index = apic >> 21 & 511;
         self.write(HIGH_DIRECTORY + index * 8, apic | PS | P | RW);
         for page in 0..8 {
-            self.set_page(Self::USER + page * 0x1000, Self::USER + page * 0x1000 | P | RW | US);
+            self.set_page(
+                Self::USER + page * 0x1000,
+                Self::USER + page * 0x1000 | P | RW | US,
+            );
         }
     }
 
