@@ -15,6 +15,8 @@ use crate::guest::{Fatal, Guest};
 pub const KVM: &str = "kvm";
 /// A `/dev/kvm` that emulates ring 0 instruction by instruction.
 pub const EMULATED_KVM: &str = "emulated kvm";
+/// The kernel's KVM on QEMU's emulation of a processor, where QEMU differs from processors.
+pub const LAB_KVM: &str = "kvm in the lab";
 /// What it says of an instruction that it does not know. A case with one is not compared there.
 const NOT_EMULATED: &str = "KVM cannot emulate";
 /// The processor in software.
@@ -58,9 +60,9 @@ fn kvm_name() -> &'static Result<&'static str, String> {
             .split_whitespace()
             .any(|word| word == "vmx" || word == "svm");
         match kvm::probe(device) {
-            Ok(_) => Ok(KVM),
-            Err(_) if hardware => Ok(KVM),
-            Err(_) => Ok(EMULATED_KVM),
+            _ if text.contains("QEMU Virtual CPU") => Ok(LAB_KVM),
+            Err(_) if !hardware => Ok(EMULATED_KVM),
+            _ => Ok(KVM),
         }
     })
 }

@@ -10,19 +10,19 @@
 #![allow(unreachable_pub)] // shared by the modules of one test program
 
 mod apic;
-//mod debug;
+mod debug;
 mod delivery;
 mod engines;
 mod exceptions;
-//mod far;
+mod far;
 mod guest;
-//mod modes;
+mod modes;
 mod paging;
 mod paging_faults;
-//mod ports;
-//mod privileged;
+mod ports;
+mod privileged;
 //mod rings;
-//mod segments;
+mod segments;
 //mod syscalls;
 mod tables;
 //mod tasks;
