@@ -10,7 +10,10 @@ const NO_DEBUG: &[(&str, &str)] = &[(EMULATED_KVM, "it has no debug exceptions i
 /// The same, and what the processor in software lacks.
 const NO_BREAKPOINTS: &[(&str, &str)] = &[
     (EMULATED_KVM, "it has no debug exceptions in ring 0"),
-    (SOFT, "it does not compare addresses with the debug registers"),
+    (
+        SOFT,
+        "it does not compare addresses with the debug registers",
+    ),
 ];
 const ONE_STEP: &[(&str, &str)] = &[
     (EMULATED_KVM, "it has no debug exceptions in ring 0"),

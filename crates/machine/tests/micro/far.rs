@@ -86,7 +86,10 @@ fn a_call_gate_changes_ring_and_stack_and_copies_parameters() {
             a.call_far(FREE | 3, 0)?;
             a.ud2()
         });
-        assert_eq!((frame.vector, frame.cs, frame.rip), (UD, USER_CODE32, guest.last));
+        assert_eq!(
+            (frame.vector, frame.cs, frame.rip),
+            (UD, USER_CODE32, guest.last)
+        );
         assert_eq!((frame.rsp, frame.ss), (Guest::USER_STACK, USER_DATA));
         let general = &guest.state.general;
         assert_eq!(general.rsi, Guest::RING0_STACK - 6 * 4);
@@ -130,7 +133,10 @@ fn a_jump_through_a_call_gate_stays_in_its_ring() {
 #[test]
 fn a_call_gate_of_long_mode_pushes_eight_bytes_each() {
     on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
-        guest.write(Guest::slot(FREE), gate(CODE64, CALLEE as u32, CALL_GATE | DPL3, 0));
+        guest.write(
+            Guest::slot(FREE),
+            gate(CODE64, CALLEE as u32, CALL_GATE | DPL3, 0),
+        );
         guest.write(Guest::slot(FREE) + 8, 0_u64);
         guest.place(CALLEE, 64, |a| {
             a.mov(rsi, rsp)?;
@@ -146,7 +152,10 @@ fn a_call_gate_of_long_mode_pushes_eight_bytes_each() {
             a.call(fword_ptr(rdi))?;
             a.ud2()
         });
-        assert_eq!((frame.vector, frame.cs, frame.rip), (UD, USER_CODE64, guest.last));
+        assert_eq!(
+            (frame.vector, frame.cs, frame.rip),
+            (UD, USER_CODE64, guest.last)
+        );
         assert_eq!((frame.rsp, frame.ss), (Guest::USER_STACK, USER_DATA));
         assert_eq!(guest.state.general.rsi, Guest::RING0_STACK - 4 * 8);
         assert_eq!(guest.state.general.rbx, 0);
@@ -168,7 +177,10 @@ fn a_far_return_goes_to_ring_3() {
             a.push(Guest::USER as i32)?;
             a.retf()
         });
-        assert_eq!((frame.vector, frame.cs, frame.ss), (UD, USER_CODE32, USER_DATA));
+        assert_eq!(
+            (frame.vector, frame.cs, frame.ss),
+            (UD, USER_CODE32, USER_DATA)
+        );
         assert_eq!(frame.rsp, Guest::USER_STACK);
         // SDM 2B, RET: DS was of ring 0.
         assert_eq!(guest.state.general.rax & 0xffff, 0);

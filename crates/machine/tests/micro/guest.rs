@@ -23,7 +23,8 @@ pub const CR0_PG: u64 = 1 << 31;
 const CR0_ET_NE: u64 = 1 << 4 | 1 << 5;
 pub const CR4_PAE: u64 = 1 << 5;
 pub const EFER_SCE: u64 = 1;
-const EFER_LONG: u64 = 1 << 8 | 1 << 10;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
 pub const EFER_NXE: u64 = 1 << 11;
 /// RFLAGS.
 pub const FLAG_ONE: u64 = 1 << 1;
@@ -183,7 +184,7 @@ impl Guest {
         special.cr0 = CR0_PE | CR0_ET_NE | CR0_WP | CR0_PG;
         special.cr3 = PML4;
         special.cr4 = CR4_PAE;
-        special.efer = EFER_LONG | EFER_NXE | EFER_SCE;
+        special.efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
         self.set_segments(CODE64, DATA);
         self.set_task(TSS64_SELECTOR);
     }
@@ -240,7 +241,7 @@ impl Guest {
 
     /// Ring 3 with the code and stack of the user's pages, in the mode that was set.
     pub fn user_mode(&mut self) {
-        let long = self.state.special.efer & EFER_LONG != 0;
+        let long = self.state.special.efer & EFER_LMA != 0;
         self.set_segments(if long { USER_CODE64 } else { USER_CODE32 }, USER_DATA);
         self.state.general.rip = Self::USER;
         self.state.general.rsp = Self::USER_STACK;
@@ -347,7 +348,7 @@ impl Guest {
         let special = &self.state.special;
         let rip = special.cs.base + self.state.general.rip;
         let vector = ((rip - HANDLERS) / HANDLER_SIZE) as u8;
-        let width = match special.efer & EFER_LONG {
+        let width = match special.efer & EFER_LMA {
             0 if special.cr0 & CR0_PE == 0 => 2,
             0 => 4,
             _ => 8,

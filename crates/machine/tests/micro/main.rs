@@ -21,11 +21,10 @@ mod paging;
 mod paging_faults;
 mod ports;
 mod privileged;
-//mod rings;
 mod segments;
-//mod syscalls;
+mod syscalls;
 mod tables;
-//mod tasks;
+mod tasks;
 
 use xtask::lab::Lab;
 

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::on_every_engine;
+use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -270,7 +270,7 @@ fn lar_and_lsl_tell_of_segments_that_may_be_seen() {
 
 #[test]
 fn verr_and_verw_ask_whether_a_segment_can_be_used() {
-    on_every_engine(|guest| {
+    on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
         guest.protected_mode();
         guest.user_mode();
         let questions = [
@@ -295,7 +295,9 @@ fn verr_and_verw_ask_whether_a_segment_can_be_used() {
             a.sete(dl)?;
             a.ud2()
         });
-        let expected = (0..).zip(questions).map(|(bit, (_, yes))| u64::from(yes) << bit);
+        let expected = (0..)
+            .zip(questions)
+            .map(|(bit, (_, yes))| u64::from(yes) << bit);
         assert_eq!(guest.state.general.rbx, expected.sum::<u64>());
         assert_eq!(guest.state.general.rdx & 1, 1);
     });
@@ -303,7 +305,7 @@ fn verr_and_verw_ask_whether_a_segment_can_be_used() {
 
 #[test]
 fn arpl_raises_the_requested_ring() {
-    on_every_engine(|guest| {
+    on_every_engine_but(&[(SOFT, "it has no ARPL")], |guest| {
         guest.protected_mode();
         guest.finish(|a| {
             a.mov(eax, 0x10)?;
