@@ -2,13 +2,12 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, LAB_KVM, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
 /// Ring 3 runs on the processor there.
 const INT_OF_RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "INT n of ring 3 is an invalid opcode")];
-const NEXT_RIP: &[(&str, &str)] = &[(LAB_KVM, "QEMU saves the RIP behind INT n")];
 const LATE: &[(&str, &str)] = &[(EMULATED_KVM, "it delivers interrupts at exits only")];
 
 #[test]
@@ -49,7 +48,7 @@ fn a_frame_is_aligned_to_16_bytes_in_long_mode() {
 
 #[test]
 fn an_interrupt_stack_is_taken_whatever_the_ring() {
-    on_every_engine_but(&[(LAB_KVM, "QEMU nulls SS")], |guest| {
+    on_every_engine(|guest| {
         guest.set_gate64(0x55, Guest::handler(0x55), INTERRUPT_GATE, 1);
         // SDM 3A, 6.14.5: SS stays as there is no change of ring.
         let frame = guest.trap(0x55, |a| a.int(0x55));
@@ -94,27 +93,21 @@ fn ring_3_may_use_a_gate_of_ring_3() {
 
 #[test]
 fn a_vector_beyond_the_table_is_a_protection_fault() {
-    on_every_engine_but(
-        &[(
-            LAB_KVM,
-            "QEMU multiplies the vector by 16, and saves the next RIP",
-        )],
-        |guest| {
-            guest.state.special.idt.limit = 16 * 0x40 - 1;
-            guest.fault(GP, 0x40 * 8 + 2, |a| a.int(0x40));
-        },
-    );
+    on_every_engine(|guest| {
+        guest.state.special.idt.limit = 16 * 0x40 - 1;
+        guest.fault(GP, 0x40 * 8 + 2, |a| a.int(0x40));
+    });
 }
 
 #[test]
 fn a_gate_to_no_code_segment_names_the_selector() {
-    on_every_engine_but(NEXT_RIP, |guest| {
+    on_every_engine(|guest| {
         let gate = IDT + 0x55 * 16;
         // SDM 2A, INT n: #GP(selector) if it is not one of code, #GP(0) if it is null.
         guest.write(gate, gate_to(DATA));
         guest.fault(GP, u32::from(DATA), |a| a.int(0x55));
     });
-    on_every_engine_but(NEXT_RIP, |guest| {
+    on_every_engine(|guest| {
         guest.write(IDT + 0x55 * 16, gate_to(0));
         guest.fault(GP, 0, |a| a.int(0x55));
     });

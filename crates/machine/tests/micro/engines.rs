@@ -12,11 +12,11 @@ use mica_machine::soft::{SoftConfig, SoftEngine};
 use crate::guest::{Fatal, Guest};
 
 /// The host kernel's hypervisor on a processor's virtualization.
-pub const KVM: &str = "kvm";
+const KVM: &str = "kvm";
+/// The same where the processor is AMD's.
+pub const AMD_KVM: &str = "kvm on amd";
 /// A `/dev/kvm` that emulates ring 0 instruction by instruction.
 pub const EMULATED_KVM: &str = "emulated kvm";
-/// The kernel's KVM on QEMU's emulation of a processor, where QEMU differs from processors.
-pub const LAB_KVM: &str = "kvm in the lab";
 /// What it says of an instruction that it does not know. A case with one is not compared there.
 const NOT_EMULATED: &str = "KVM cannot emulate";
 /// The processor in software.
@@ -60,8 +60,8 @@ fn kvm_name() -> &'static Result<&'static str, String> {
             .split_whitespace()
             .any(|word| word == "vmx" || word == "svm");
         match kvm::probe(device) {
-            _ if text.contains("QEMU Virtual CPU") => Ok(LAB_KVM),
             Err(_) if !hardware => Ok(EMULATED_KVM),
+            _ if text.contains("AuthenticAMD") => Ok(AMD_KVM),
             _ => Ok(KVM),
         }
     })

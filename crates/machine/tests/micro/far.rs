@@ -2,18 +2,12 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, LAB_KVM, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
 /// Ring 3 of 32-bit code.
-const RING_3: &[(&str, &str)] = &[
-    (EMULATED_KVM, "ring 3 runs on the processor"),
-    (
-        LAB_KVM,
-        "QEMU gives up at a change of stacks in 32-bit code",
-    ),
-];
+const RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the processor")];
 /// Where the callee is.
 const CALLEE: u64 = Guest::CODE + 0x1000;
 const USER_CALLEE: u64 = Guest::USER + 0x1000;
@@ -57,7 +51,7 @@ fn a_far_jump_wants_code_of_its_own_ring() {
 
 #[test]
 fn conforming_code_runs_in_the_caller_s_ring() {
-    on_every_engine_but(&RING_3[1..], |guest| {
+    on_every_engine(|guest| {
         guest.protected_mode();
         guest.user_mode();
         guest.set_descriptor(FREE, 0, 0xf_ffff, CONFORMING | BIG | GRANULAR);
@@ -172,7 +166,7 @@ fn a_call_gate_of_long_mode_pushes_eight_bytes_each() {
 
 #[test]
 fn a_far_return_goes_to_ring_3() {
-    on_every_engine_but(&RING_3[1..], |guest| {
+    on_every_engine(|guest| {
         guest.protected_mode();
         guest.place(Guest::USER, 32, |a| {
             a.mov(eax, ds)?;

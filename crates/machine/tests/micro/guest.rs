@@ -120,7 +120,8 @@ pub struct Guest {
     pub last: u64,
     pub end: u64,
     vcpu: Box<dyn Vcpu>,
-    pub engine: Box<dyn Engine>,
+    /// Outlives the vCPU.
+    _engine: Box<dyn Engine>,
     memory: GuestMemory,
     reports: Arc<Reports>,
 }
@@ -157,7 +158,7 @@ impl Guest {
             last: 0,
             end: 0,
             vcpu,
-            engine,
+            _engine: engine,
             memory,
             reports,
         };

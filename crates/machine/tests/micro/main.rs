@@ -25,19 +25,3 @@ mod segments;
 mod syscalls;
 mod tables;
 mod tasks;
-
-use xtask::lab::Lab;
-
-/// This very program runs once more where `/dev/kvm` is the kernel's own on a processor with SVM.
-#[test]
-fn all_of_it_in_the_lab() {
-    let outcome = Lab::new()
-        .memory_mib(1024)
-        .file(std::env::current_exe().unwrap(), "/usr/bin/micro-tests")
-        .run("micro-tests --skip all_of_it_in_the_lab --nocapture 2>&1")
-        .unwrap();
-    let output = outcome.output;
-    assert_eq!(outcome.status, 0, "{output}");
-    assert!(!output.contains("there is no kvm"), "{output}");
-    assert!(output.contains("test result: ok."), "{output}");
-}

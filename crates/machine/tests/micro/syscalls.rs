@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, LAB_KVM, on_every_engine, on_every_engine_but};
+use crate::engines::{AMD_KVM, EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -19,10 +19,10 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const ENTRY: u64 = Guest::CODE + 0x1000;
 
 const IN_RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the processor")];
-/// SDM and APM differ.
+/// Where AMD's manual differs (APM 3, SYSENTER).
 const AMD: &[(&str, &str)] = &[
     (EMULATED_KVM, "ring 3 runs on the processor"),
-    (LAB_KVM, "AMD's processors have no SYSENTER in long mode"),
+    (AMD_KVM, "the processor has no SYSENTER in long mode"),
 ];
 
 /// Has SYSCALL and SYSRET lead between ring 0's 64-bit code and ring 3.
@@ -118,7 +118,7 @@ fn sysret_to_a_non_canonical_address_faults_in_ring_0() {
     on_every_engine_but(
         &[
             (EMULATED_KVM, "ring 3 runs on the processor"),
-            (LAB_KVM, "AMD's fault in ring 3"),
+            (AMD_KVM, "the fault comes in ring 3"),
         ],
         |guest| {
             set_syscall(guest);

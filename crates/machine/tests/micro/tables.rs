@@ -34,15 +34,14 @@ pub const DATA16: u16 = 0x40;
 pub const TSS64_SELECTOR: u16 = 0x48;
 pub const TSS32_SELECTOR: u16 = 0x58;
 pub const LDT_SELECTOR: u16 = 0x60;
-/// Free for cases; 16 bytes each.
+/// Free for cases, 16 bytes.
 pub const FREE: u16 = 0x80;
-pub const FREE2: u16 = 0x90;
 /// The last byte of the GDT.
 pub const GDT_LIMIT: u16 = 0xff;
 
 /// Attributes of descriptors, in the form of [`Segment::attributes`].
 pub const ACCESSED: u32 = 1;
-pub const READ_ONLY: u32 = 0x0 | 1 << 4 | PRESENT;
+pub const READ_ONLY: u32 = 1 << 4 | PRESENT;
 pub const WRITABLE: u32 = 0x2 | 1 << 4 | PRESENT;
 pub const EXPAND_DOWN: u32 = 0x6 | 1 << 4 | PRESENT;
 pub const EXECUTE_ONLY: u32 = 0x8 | 1 << 4 | PRESENT;
@@ -152,11 +151,8 @@ impl Guest {
         let apic = 0xfee0_0000_u64;
         let index = apic >> 21 & 511;
         self.write(HIGH_DIRECTORY + index * 8, apic | PS | P | RW);
-        for page in 0..8 {
-            self.set_page(
-                Self::USER + page * 0x1000,
-                Self::USER + page * 0x1000 | P | RW | US,
-            );
+        for page in (Self::USER..Self::USER_STACK).step_by(0x1000) {
+            self.set_page(page, page | P | RW | US);
         }
     }
 
@@ -190,7 +186,7 @@ impl Guest {
     pub fn segment(&self, selector: u16) -> Segment {
         let raw: u64 = self.read(Self::slot(selector));
         let attributes = (raw >> 40) as u32 & 0xf0ff;
-        let limit = (raw & 0xffff) as u32 | (raw >> 32) as u32 & 0xf_0000;
+        let limit = (raw & 0xffff) as u32 | ((raw >> 32) as u32 & 0xf_0000);
         let limit = if attributes & GRANULAR == 0 {
             limit
         } else {

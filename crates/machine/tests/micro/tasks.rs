@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, LAB_KVM, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -143,13 +143,7 @@ fn pushed_segments(guest: &Guest, error: bool) -> [u32; 5] {
     [0, 1, 2, 3, 4].map(|index| guest.read(stack + index * 4))
 }
 
-const NO_VIRTUAL_8086: &[(&str, &str)] = &[
-    (EMULATED_KVM, "it has no virtual-8086 mode"),
-    (
-        LAB_KVM,
-        "QEMU gives up at a change of stacks in 32-bit code",
-    ),
-];
+const NO_VIRTUAL_8086: &[(&str, &str)] = &[(EMULATED_KVM, "it has no virtual-8086 mode")];
 
 #[test]
 fn virtual_8086_code_sees_real_mode_s_segments() {
