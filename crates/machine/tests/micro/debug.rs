@@ -6,17 +6,15 @@ use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
-const NO_DEBUG: &[(&str, &str)] = &[(EMULATED_KVM, "it has no debug exceptions in ring 0")];
-/// The same, and what the processor in software lacks.
 const NO_BREAKPOINTS: &[(&str, &str)] = &[
-    (EMULATED_KVM, "it has no debug exceptions in ring 0"),
+    (EMULATED_KVM, "it has no data breakpoints in ring 0"),
     (
         SOFT,
         "it does not compare addresses with the debug registers",
     ),
 ];
 const ONE_STEP: &[(&str, &str)] = &[
-    (EMULATED_KVM, "it has no debug exceptions in ring 0"),
+    (EMULATED_KVM, "a repeated instruction is one step"),
     (SOFT, "a repeated instruction is one step"),
 ];
 /// DR6 (SDM 3B, 17.2.3).
@@ -34,7 +32,7 @@ fn set_trap_flag(a: &mut CodeAssembler) -> Assembled {
 
 #[test]
 fn a_single_step_traps_after_the_next_instruction() {
-    on_every_engine_but(NO_DEBUG, |guest| {
+    on_every_engine(|guest| {
         let frame = guest.trap(DB, |a| {
             set_trap_flag(a)?;
             a.inc(ebx)
@@ -48,7 +46,7 @@ fn a_single_step_traps_after_the_next_instruction() {
 
 #[test]
 fn a_single_step_waits_for_the_instruction_after_mov_ss() {
-    on_every_engine_but(NO_DEBUG, |guest| {
+    on_every_engine_but(&[(EMULATED_KVM, "the step is not held back")], |guest| {
         // SDM 3A, 6.8.3.
         let frame = guest.trap(DB, |a| {
             a.mov(ecx, i32::from(DATA))?;
@@ -89,7 +87,7 @@ fn user_code_is_stepped_too() {
 
 #[test]
 fn int1_is_a_debug_exception_that_leaves_dr6() {
-    on_every_engine_but(NO_DEBUG, |guest| {
+    on_every_engine(|guest| {
         guest.state.debug.dr6 = DR6_ONES;
         guest.trap(DB, |a| a.int1());
         assert_eq!(guest.state.debug.dr6, DR6_ONES);
@@ -98,7 +96,7 @@ fn int1_is_a_debug_exception_that_leaves_dr6() {
 
 #[test]
 fn an_instruction_breakpoint_faults_and_rf_passes_it() {
-    on_every_engine_but(NO_BREAKPOINTS, |guest| {
+    on_every_engine_but(&NO_BREAKPOINTS[1..], |guest| {
         let at = Guest::CODE + 0x100;
         guest.place(at, 64, |a| a.ud2());
         guest.state.debug.addresses = [at, 0, 0, 0];
@@ -137,7 +135,7 @@ fn a_data_breakpoint_traps_after_a_write_to_its_bytes() {
 
 #[test]
 fn a_protected_debug_register_faults_before_it_is_used() {
-    on_every_engine_but(NO_DEBUG, |guest| {
+    on_every_engine(|guest| {
         // SDM 3B, 17.2.4: DR7.GD, cleared for the handler.
         guest.state.debug.dr7 = 0x400 | 1 << 13;
         guest.fault(DB, None, |a| a.mov(rax, dr0));
@@ -148,7 +146,7 @@ fn a_protected_debug_register_faults_before_it_is_used() {
 
 #[test]
 fn upper_halves_of_dr6_and_dr7_are_refused() {
-    on_every_engine_but(NO_DEBUG, |guest| {
+    on_every_engine(|guest| {
         guest.fault(GP, 0, |a| {
             a.mov(rax, 1_u64 << 32)?;
             a.mov(dr7, rax)

@@ -7,7 +7,7 @@ use crate::guest::*;
 use crate::tables::*;
 
 /// Ring 3 of 32-bit code.
-const RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the processor")];
+const RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the host's tables")];
 /// Where the callee is.
 const CALLEE: u64 = Guest::CODE + 0x1000;
 const USER_CALLEE: u64 = Guest::USER + 0x1000;
@@ -134,34 +134,37 @@ fn a_jump_through_a_call_gate_stays_in_its_ring() {
 
 #[test]
 fn a_call_gate_of_long_mode_pushes_eight_bytes_each() {
-    on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
-        guest.write(
-            Guest::slot(FREE),
-            gate(CODE64, CALLEE as u32, CALL_GATE | DPL3, 0),
-        );
-        guest.write(Guest::slot(FREE) + 8, 0_u64);
-        guest.place(CALLEE, 64, |a| {
-            a.mov(rsi, rsp)?;
-            a.mov(ebx, ss)?;
-            // retfq
-            a.db(&[0x48, 0xcb])
-        });
-        guest.user_mode();
-        let pointer = Guest::USER + 0x1000;
-        guest.write(pointer + 4, FREE | 3);
-        let frame = guest.interrupted(|a| {
-            a.mov(rdi, pointer)?;
-            a.call(fword_ptr(rdi))?;
-            a.ud2()
-        });
-        assert_eq!(
-            (frame.vector, frame.cs, frame.rip),
-            (UD, USER_CODE64, guest.last)
-        );
-        assert_eq!((frame.rsp, frame.ss), (Guest::USER_STACK, USER_DATA));
-        assert_eq!(guest.state.general.rsi, Guest::RING0_STACK - 4 * 8);
-        assert_eq!(guest.state.general.rbx, 0);
-    });
+    on_every_engine_but(
+        &[(EMULATED_KVM, "ring 3 runs on the host's tables")],
+        |guest| {
+            guest.write(
+                Guest::slot(FREE),
+                gate(CODE64, CALLEE as u32, CALL_GATE | DPL3, 0),
+            );
+            guest.write(Guest::slot(FREE) + 8, 0_u64);
+            guest.place(CALLEE, 64, |a| {
+                a.mov(rsi, rsp)?;
+                a.mov(ebx, ss)?;
+                // retfq
+                a.db(&[0x48, 0xcb])
+            });
+            guest.user_mode();
+            let pointer = Guest::USER + 0x1000;
+            guest.write(pointer + 4, FREE | 3);
+            let frame = guest.interrupted(|a| {
+                a.mov(rdi, pointer)?;
+                a.call(fword_ptr(rdi))?;
+                a.ud2()
+            });
+            assert_eq!(
+                (frame.vector, frame.cs, frame.rip),
+                (UD, USER_CODE64, guest.last)
+            );
+            assert_eq!((frame.rsp, frame.ss), (Guest::USER_STACK, USER_DATA));
+            assert_eq!(guest.state.general.rsi, Guest::RING0_STACK - 4 * 8);
+            assert_eq!(guest.state.general.rbx, 0);
+        },
+    );
 }
 
 #[test]
@@ -191,7 +194,7 @@ fn a_far_return_goes_to_ring_3() {
 
 #[test]
 fn a_far_return_to_a_more_privileged_ring_is_refused() {
-    on_every_engine_but(RING_3, |guest| {
+    on_every_engine(|guest| {
         guest.protected_mode();
         guest.user_mode();
         guest.fault(GP, u32::from(CODE32), |a| {

@@ -193,7 +193,7 @@ fn a_table_s_new_entry_is_seen_without_invalidation() {
 
 #[test]
 fn process_contexts_have_mappings_of_their_own() {
-    on_every_engine_but(&[(EMULATED_KVM, "it has no CR4.PCIDE")], |guest| {
+    on_every_engine(|guest| {
         // SDM 2A, CPUID: 1, ECX bit 17.
         guest.finish(|a| {
             a.mov(eax, 1)?;
@@ -215,7 +215,7 @@ fn process_contexts_have_mappings_of_their_own() {
         assert_eq!(pair, (1, 2));
         assert_eq!(guest.state.special.cr3, PML4 | 1);
     });
-    on_every_engine_but(&[(EMULATED_KVM, "it has no CR4.PCIDE")], |guest| {
+    on_every_engine(|guest| {
         // SDM 3A, 2.5: PCIDE can be set only while the context is 0.
         guest.state.special.cr3 |= 8;
         guest.fault(GP, 0, |a| {

@@ -233,7 +233,7 @@ fn stac_is_an_invalid_opcode_in_ring_3() {
 
 #[test]
 fn an_access_across_pages_reports_the_page_that_faults() {
-    on_every_engine_but(&[(EMULATED_KVM, "it reports the first byte")], |guest| {
+    on_every_engine(|guest| {
         guest.set_page(KERNEL + 0x1000, 0);
         guest.fault(PF, WRITE, |a| {
             a.mov(rbx, KERNEL + 0xffd)?;
@@ -310,20 +310,17 @@ fn a_read_modify_write_of_a_read_only_page_is_a_write_fault() {
 
 #[test]
 fn a_repeated_move_stops_at_the_page_that_faults() {
-    on_every_engine_but(
-        &[(EMULATED_KVM, "it reports the block's first byte")],
-        |guest| {
-            guest.set_page(KERNEL + 0x1000, 0);
-            guest.fault(PF, WRITE, |a| {
-                a.mov(esi, 0x6_0000)?;
-                a.mov(edi, (KERNEL + 0xff0) as i32)?;
-                a.mov(ecx, 0x20)?;
-                a.rep().movsb()
-            });
-            // The registers say what is left (SDM 2B, REP).
-            let general = &guest.state.general;
-            assert_eq!((general.rcx, general.rdi), (0x10, KERNEL + 0x1000));
-            assert_eq!(general.rsi, 0x6_0010);
-        },
-    );
+    on_every_engine(|guest| {
+        guest.set_page(KERNEL + 0x1000, 0);
+        guest.fault(PF, WRITE, |a| {
+            a.mov(esi, 0x6_0000)?;
+            a.mov(edi, (KERNEL + 0xff0) as i32)?;
+            a.mov(ecx, 0x20)?;
+            a.rep().movsb()
+        });
+        // The registers say what is left (SDM 2B, REP).
+        let general = &guest.state.general;
+        assert_eq!((general.rcx, general.rdi), (0x10, KERNEL + 0x1000));
+        assert_eq!(general.rsi, 0x6_0010);
+    });
 }

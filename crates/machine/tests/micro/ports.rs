@@ -114,7 +114,7 @@ fn an_iopl_of_3_allows_all() {
 
 #[test]
 fn a_string_read_to_a_page_that_faults_takes_nothing_from_the_port() {
-    on_every_engine_but(&[(EMULATED_KVM, "it reads ahead")], |guest| {
+    on_every_engine(|guest| {
         guest.set_page(Guest::SCRATCH, Guest::SCRATCH | P);
         guest.fault(PF, 3, |a| {
             a.mov(edi, Guest::SCRATCH as i32)?;

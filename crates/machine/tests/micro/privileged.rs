@@ -202,7 +202,7 @@ fn umip_keeps_table_addresses_from_ring_3() {
         &[0x0f, 0x00, 0xc0],
     ];
     for code in codes {
-        on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
+        on_every_engine(|guest| {
             // SDM 2A, CPUID: 7, ECX bit 2.
             guest.finish(|a| {
                 a.mov(eax, 7)?;
@@ -238,15 +238,18 @@ fn ring_3_s_popf_leaves_interrupt_flag_and_iopl() {
 
 #[test]
 fn with_an_iopl_of_3_ring_3_changes_the_interrupt_flag() {
-    on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
-        guest.user_mode();
-        guest.state.general.rflags |= FLAG_IF | 3 << 12;
-        let frame = guest.fault(UD, None, |a| {
-            a.cli()?;
-            a.ud2()
-        });
-        assert_eq!(frame.rflags & FLAG_IF, 0);
-    });
+    on_every_engine_but(
+        &[(EMULATED_KVM, "ring 3 runs on the host's tables")],
+        |guest| {
+            guest.user_mode();
+            guest.state.general.rflags |= FLAG_IF | 3 << 12;
+            let frame = guest.fault(UD, None, |a| {
+                a.cli()?;
+                a.ud2()
+            });
+            assert_eq!(frame.rflags & FLAG_IF, 0);
+        },
+    );
 }
 
 #[test]
@@ -288,9 +291,12 @@ fn cpuid_answers_beyond_its_last_leaf_and_has_what_long_mode_needs() {
 
 #[test]
 fn the_time_stamp_counter_is_denied_to_ring_3_by_cr4() {
-    on_every_engine_but(&[(EMULATED_KVM, "ring 3 runs on the processor")], |guest| {
-        guest.user_mode();
-        guest.state.special.cr4 |= 1 << 2;
-        guest.fault(GP, 0, |a| a.rdtsc());
-    });
+    on_every_engine_but(
+        &[(EMULATED_KVM, "ring 3 runs on the host's tables")],
+        |guest| {
+            guest.user_mode();
+            guest.state.special.cr4 |= 1 << 2;
+            guest.fault(GP, 0, |a| a.rdtsc());
+        },
+    );
 }

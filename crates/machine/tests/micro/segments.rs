@@ -7,7 +7,7 @@ use crate::guest::*;
 use crate::tables::*;
 
 /// Ring 3 of 32-bit code.
-const RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the processor")];
+const RING_3: &[(&str, &str)] = &[(EMULATED_KVM, "ring 3 runs on the host's tables")];
 /// Flat memory that ends at some address, expands down or whatever the case wants.
 const BASE: u32 = Guest::SCRATCH as u32;
 
