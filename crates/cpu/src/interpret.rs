@@ -23,6 +23,8 @@ pub(crate) struct Ended {
     pub(crate) retired: u64,
     /// What the next one raised.
     pub(crate) fault: Option<Exception>,
+    /// A repeated instruction has iterations left.
+    pub(crate) again: bool,
     /// Interrupts may be deliverable that were not before.
     pub(crate) look: bool,
     /// The last instruction is one after which no single-step trap comes.

@@ -10,7 +10,7 @@ use crate::interpret::Ended;
 use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
 use crate::state::{Mode, SegmentName, State, rflags, slot};
-use crate::system::TripleFault;
+use crate::system::{Hits, TripleFault};
 use crate::translate::{BlockCache, CodeRights, Key};
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
@@ -101,6 +101,12 @@ pub struct Processor {
     blocks: BlockCache,
     /// Instructions executed since power-on.
     pub(crate) retired: u64,
+    /// What data breakpoints see of the instruction that is executed; nothing while there are none.
+    pub(crate) accesses: Option<Hits>,
+    /// How many bits a physical address has.
+    pub(crate) address_bits: u32,
+    /// Whether there are pages of 1 GiB.
+    pub(crate) gib_pages: bool,
     /// Set by anybody who wants [`Processor::run`] to look up: a kick, an interrupt.
     attention: Arc<AtomicBool>,
 }
@@ -130,6 +136,9 @@ impl Processor {
             vector_temp: [0; 16],
             blocks: BlockCache::default(),
             retired: 0,
+            accesses: None,
+            address_bits: 52,
+            gib_pages: true,
             attention: Arc::default(),
         }
     }
@@ -138,6 +147,19 @@ impl Processor {
     #[must_use]
     pub fn attention(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.attention)
+    }
+
+    /// Physical addresses have that many bits (SDM volume 3, 4.1.4): entries of page tables with higher
+    /// ones fault. At first 52.
+    pub fn set_address_bits(&mut self, bits: u32) {
+        self.address_bits = bits.clamp(32, 52);
+        self.tlb.flush();
+    }
+
+    /// Whether there are pages of 1 GiB, as at first.
+    pub fn set_gib_pages(&mut self, on: bool) {
+        self.gib_pages = on;
+        self.tlb.flush();
     }
 
     /// Call after changing [`Processor::state`] from outside: drops what was derived from it.
@@ -184,12 +206,18 @@ impl Processor {
             let step = self.state.flags & rflags::TF != 0;
             let limit = if look || step { 1 } else { budget };
             self.state.shadow = false;
+            let resumed = self.state.flags & rflags::RF != 0;
             self.state.flags &= !rflags::RF;
-            let ended = self.run_row(env, cache, limit);
+            let ended = if self.has_breakpoints() {
+                self.run_watched(env, resumed)
+            } else {
+                self.run_row(env, cache, limit)
+            };
             look |= ended.look;
             self.retired += ended.retired;
             budget = budget.saturating_sub(ended.retired);
-            let trap = step && ended.retired != 0 && !ended.no_trap && !self.state.shadow;
+            let done = ended.retired != 0 || ended.again;
+            let trap = step && done && !ended.no_trap && !self.state.shadow;
             let exception = ended.fault.or_else(|| trap.then(|| self.step_trap()));
             if let Some(exception) = exception {
                 budget = budget.saturating_sub(ended.fault.is_some().into());
@@ -319,7 +347,7 @@ impl Processor {
     }
 
     /// The linear address of RIP.
-    fn code_linear(&self) -> u64 {
+    pub(crate) fn code_linear(&self) -> u64 {
         if self.state.mode() == Mode::Bits64 {
             return self.state.rip;
         }

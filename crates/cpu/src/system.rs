@@ -28,6 +28,7 @@ use crate::error::Exception;
 use crate::processor::{Environment, Executed, Processor};
 use crate::state::{Segment, SegmentName, rflags};
 
+pub(crate) use debug::Hits;
 pub(crate) use deliver::TripleFault;
 
 /// Bits of CR0.

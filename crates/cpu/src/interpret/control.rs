@@ -170,7 +170,10 @@ impl Frame<'_> {
                 self.ended.retired = u64::from(op.at) + 1;
                 self.ended.no_trap = decoded.is_some_and(|decoded| enters_kernel(&decoded));
             }
-            Ok(Flow::Again) => self.ended.retired = op.at.into(),
+            Ok(Flow::Again) => {
+                self.ended.retired = op.at.into();
+                self.ended.again = true;
+            }
             Err(exception) => {
                 self.ended.retired = op.at.into();
                 self.ended.fault = Some(exception);

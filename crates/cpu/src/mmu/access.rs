@@ -32,6 +32,9 @@ impl Processor {
         size: u8,
         user: bool,
     ) -> Result<u64, Exception> {
+        if self.accesses.is_some() {
+            self.note_access(linear, size.into(), Access::Read);
+        }
         if (linear & (PAGE - 1)) + u64::from(size) > PAGE {
             let mut bytes = [0; 8];
             self.load_bytes_as(env, linear, &mut bytes[..size.into()], user)?;
@@ -87,6 +90,9 @@ impl Processor {
         value: u64,
         user: bool,
     ) -> Result<(), Exception> {
+        if self.accesses.is_some() {
+            self.note_access(linear, size.into(), Access::Write);
+        }
         if (linear & (PAGE - 1)) + u64::from(size) > PAGE {
             return self.store_bytes_as(env, linear, &value.to_le_bytes()[..size.into()], user);
         }
@@ -122,6 +128,9 @@ impl Processor {
         bytes: &mut [u8],
         user: bool,
     ) -> Result<(), Exception> {
+        if self.accesses.is_some() {
+            self.note_access(linear, bytes.len(), Access::Read);
+        }
         for (linear, byte) in (0..).map(|offset| linear.wrapping_add(offset)).zip(bytes) {
             let at = self.translate(linear, Access::Read, user)?;
             *byte = self.read_at(env, at, 1) as u8;
@@ -149,6 +158,9 @@ impl Processor {
         let Some(last) = (bytes.len() as u64).checked_sub(1) else {
             return Ok(());
         };
+        if self.accesses.is_some() {
+            self.note_access(linear, bytes.len(), Access::Write);
+        }
         self.translate(linear, Access::Write, user)?;
         let end = linear.wrapping_add(last);
         if end >> PAGE_SHIFT != linear >> PAGE_SHIFT {
@@ -172,6 +184,9 @@ impl Processor {
         mut change: impl FnMut(u64) -> Option<u64>,
     ) -> Result<u64, Exception> {
         self.check_write(linear, size)?;
+        if self.accesses.is_some() {
+            self.note_access(linear, size.into(), Access::Write);
+        }
         let user = self.is_user();
         let at = self.translate(linear, Access::Write, user)?;
         if at.host.is_null() || !linear.is_multiple_of(size.into()) {
@@ -204,6 +219,9 @@ impl Processor {
         old: u128,
         new: u128,
     ) -> Result<u128, Exception> {
+        if self.accesses.is_some() {
+            self.note_access(linear, 16, Access::Write);
+        }
         let user = self.is_user();
         let at = self.translate(linear, Access::Write, user)?;
         if !at.host.is_null() && linear.is_multiple_of(16) {
@@ -234,6 +252,9 @@ impl Processor {
         };
         let bytes = count.saturating_mul(size.into());
         let inside = |linear: u64| bytes <= PAGE - linear % PAGE;
+        if self.accesses.is_some() {
+            return false; // element by element, each of which is noted
+        }
         if source.host.is_null() || target.host.is_null() || !inside(from) || !inside(to) {
             return false;
         }
@@ -248,6 +269,7 @@ impl Processor {
         let user = self.is_user();
         let inside = count.saturating_mul(size.into()) <= PAGE - to % PAGE;
         match self.translate(to, Access::Write, user) {
+            _ if self.accesses.is_some() => false,
             Ok(target) if inside && !target.host.is_null() => {
                 // SAFETY: RAM up to the end of the page.
                 unsafe { memory::store_string(target.host, size, count, value) };
@@ -325,7 +347,8 @@ pub(crate) const fn allows(segment: &Segment, access: Access) -> bool {
     match access {
         Access::Read => !code || more,
         Access::Write => !code && more,
-        Access::Fetch => code,
+        // Checked when CS was loaded. What real mode has left there is no code, and is executed.
+        Access::Fetch => true,
     }
 }
 

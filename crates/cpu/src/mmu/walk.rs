@@ -3,7 +3,6 @@
 use super::{Access, Rights};
 use crate::error::Exception;
 use crate::processor::Processor;
-use crate::state::State;
 
 /// Error code bits of a page fault (SDM volume 3, figure 4-12).
 mod fault {
@@ -49,6 +48,9 @@ struct Paging {
     smep: bool,
     /// Supervisor accesses to user pages fault.
     smap: bool,
+    /// Bits of an entry that would address more memory than the processor can.
+    beyond: u64,
+    gib_pages: bool,
 }
 
 /// What all entries of a walk together allow.
@@ -60,7 +62,8 @@ struct Allowed {
 
 impl Paging {
     /// Nothing if paging is off.
-    fn of(state: &State, rights: Rights) -> Option<Self> {
+    fn of(cpu: &Processor, rights: Rights) -> Option<Self> {
+        let state = &cpu.state;
         let cr4 = |bit: u32| state.cr4 >> bit & 1 != 0;
         let long = state.long_mode();
         let pae = long || cr4(5);
@@ -73,6 +76,12 @@ impl Paging {
             wp: state.cr0 >> 16 & 1 != 0,
             smep: cr4(20),
             smap: cr4(21) && rights == Rights::Supervisor,
+            gib_pages: cpu.gib_pages,
+            beyond: if pae {
+                entry::FRAME & !((1 << cpu.address_bits) - 1)
+            } else {
+                0
+            },
         })
     }
 
@@ -142,15 +151,15 @@ impl Paging {
     /// Whether the entry ends the walk with a page, for an entry that is present at `shift`; nothing if
     /// a reserved bit is set.
     fn is_page(&self, value: u64, shift: u32, level: usize) -> Option<bool> {
-        if value & entry::NO_EXECUTE != 0 && self.pae && !self.nx {
+        if value & entry::NO_EXECUTE != 0 && self.pae && !self.nx || value & self.beyond != 0 {
             return None;
         }
         if shift == 12 {
             return Some(true);
         }
         let large = value & entry::LARGE != 0 && self.large && !self.is_pointer(level);
-        let reserved =
-            large && shift == 39 || large && self.pae && value & ((1 << shift) - 1) & !0x1fff != 0;
+        let reserved = large && (shift == 39 || shift == 30 && !self.gib_pages)
+            || large && self.pae && value & ((1 << shift) - 1) & !0x1fff != 0;
         (!reserved).then_some(large)
     }
 
@@ -174,7 +183,7 @@ impl Processor {
         rights: Rights,
     ) -> Result<Walk, Exception> {
         let user = rights == Rights::User;
-        let Some(paging) = Paging::of(&self.state, rights) else {
+        let Some(paging) = Paging::of(self, rights) else {
             return Ok(Walk {
                 physical: linear & 0xffff_ffff,
                 writable: true,

@@ -4,7 +4,9 @@ use iced_x86::Register;
 
 use super::cr4;
 use crate::error::{Exception, Vector};
-use crate::processor::Processor;
+use crate::interpret::Ended;
+use crate::mmu::Access;
+use crate::processor::{Environment, Processor};
 use crate::state::Mode;
 
 /// DR7.GD: MOV to and from debug registers raises #DB.
@@ -18,6 +20,13 @@ const DR6_VALID: u64 = 0xe00f;
 /// Bits of DR7 that exist.
 const DR7_VALID: u64 = 0xffff_2bff;
 const DR7_FIXED: u64 = 0x400;
+
+/// The bits of DR7 that turn breakpoints on, two for each.
+const ENABLED: u64 = 0xff;
+
+/// The breakpoints that an instruction's accesses have met: bit n for DRn.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Hits(u64);
 
 /// Which element of `State::dr` a debug register is, without the aliases of DR4 and DR5.
 fn index_of(register: Register) -> Option<usize> {
@@ -79,5 +88,78 @@ impl Processor {
     /// A debug exception clears general detection, so that its handler can use the registers.
     pub(super) fn debug_exception_begins(&mut self) {
         self.state.dr[5] &= !GENERAL_DETECT;
+    }
+
+    /// Whether addresses have to be compared with the debug registers.
+    #[inline]
+    pub(crate) fn has_breakpoints(&self) -> bool {
+        self.state.dr[5] & ENABLED != 0
+    }
+
+    /// The breakpoints of some kinds (DR7.R/W) that `len` bytes at a linear address touch.
+    fn breakpoints_at(&self, linear: u64, len: u64, kinds: &[u64]) -> u64 {
+        let control = self.state.dr[5];
+        (0..4)
+            .filter(|&index| {
+                let field = control >> (16 + 4 * index) & 0xf;
+                let size = match field >> 2 {
+                    0 => 1,
+                    1 => 2,
+                    2 => 8,
+                    _ => 4,
+                };
+                // Lower bits of the address do not count.
+                let start = self.state.dr[index as usize] & !(size - 1);
+                let meets =
+                    linear < start.saturating_add(size) && start < linear.saturating_add(len);
+                control >> (2 * index) & 3 != 0 && kinds.contains(&(field & 3)) && meets
+            })
+            .fold(0, |hits, index| hits | 1 << index)
+    }
+
+    /// Notes an access to data, for its breakpoints.
+    #[cold]
+    pub(crate) fn note_access(&mut self, linear: u64, len: usize, access: Access) {
+        const WRITE: u64 = 1;
+        const ACCESS: u64 = 3;
+        let kinds: &[u64] = match access {
+            Access::Write => &[WRITE, ACCESS],
+            Access::Read => &[ACCESS],
+            Access::Fetch => return,
+        };
+        let hits = self.breakpoints_at(linear, len as u64, kinds);
+        if let Some(noted) = &mut self.accesses {
+            noted.0 |= hits;
+        }
+    }
+
+    /// Executes one instruction while there are breakpoints; `resumed`: with RF, which passes one on
+    /// the instruction itself.
+    pub(crate) fn run_watched(&mut self, env: &dyn Environment, resumed: bool) -> Ended {
+        const EXECUTE: u64 = 0;
+        let linear = self.code_linear();
+        let hits = self.breakpoints_at(linear, 1, &[EXECUTE]);
+        if hits != 0 && !resumed {
+            self.state.dr[4] |= hits;
+            return Ended::fault(Exception::new(Vector::Debug));
+        }
+        let before = self.state.rip;
+        self.accesses = Some(Hits::default());
+        let fault = self.step(env).err();
+        let hits = self.accesses.take().unwrap_or_default().0;
+        let again = fault.is_none() && self.state.rip == before;
+        let mut ended = Ended {
+            retired: u64::from(fault.is_none() && !again),
+            fault,
+            again,
+            look: true,
+            ..Ended::default()
+        };
+        if hits != 0 && ended.fault.is_none() {
+            // A trap after the instruction.
+            self.state.dr[4] |= hits;
+            ended.fault = Some(Exception::new(Vector::Debug));
+        }
+        ended
     }
 }

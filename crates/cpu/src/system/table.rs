@@ -21,6 +21,7 @@ impl Processor {
     ) -> Option<Executed> {
         let done = match instruction.mnemonic() {
             Mnemonic::Lgdt | Mnemonic::Lidt => self.load_table(env, instruction),
+            Mnemonic::Arpl => self.adjust_rpl(env, instruction),
             Mnemonic::Lldt | Mnemonic::Ltr => self.load_system_segment(env, instruction),
             Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Sldt | Mnemonic::Str | Mnemonic::Smsw => {
                 self.store_table(env, instruction)
@@ -204,6 +205,33 @@ impl Processor {
             base,
             ..descriptor.segment(selector)
         };
+        Ok(())
+    }
+
+    /// ARPL raises the RPL of operand 0 to that of operand 1, and says by ZF whether it had to.
+    fn adjust_rpl(
+        &mut self,
+        env: &dyn Environment,
+        instruction: &Instruction,
+    ) -> Result<(), Exception> {
+        if !self.has_descriptors() {
+            return Err(Exception::ud());
+        }
+        let wanted = self.read_register(instruction.op_register(1)) & 3;
+        let raised = |selector: u64| {
+            if selector & 3 < wanted {
+                selector & !3 | wanted
+            } else {
+                selector
+            }
+        };
+        let (old, new) = self.modify(env, instruction, raised)?;
+        let zero = if old & 0xffff != new & 0xffff {
+            rflags::ZF
+        } else {
+            0
+        };
+        self.state.set_status(rflags::ZF, zero);
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! says that it has none of the flaws that kernels work around at great cost.
 
 use super::features::{BASE, HARDENING, PARAVIRTUAL, V2};
-use super::{CpuidLeaf, CpuidTable};
+use super::{CpuProfile, CpuidLeaf, CpuidTable, Feature, ProfileError, Register};
 
 /// Of the hardening. The controls of speculation exist because kernels use them in place of slower ways.
 const PROTECTION: [&str; 8] = [
@@ -74,7 +74,7 @@ impl CpuidTable {
         };
         let mut table = Self::new(vec![vendor]);
         let chosen =
-            |names: &'static [&str]| move |feature: &&super::Feature| names.contains(&feature.name);
+            |names: &'static [&str]| move |feature: &&Feature| names.contains(&feature.name);
         let features = BASE
             .iter()
             .chain(V2)
@@ -87,9 +87,36 @@ impl CpuidTable {
     }
 }
 
+/// Pages of 1 GiB, which no level asks for.
+const GIB_PAGES: Feature = Feature {
+    name: "pdpe1gb",
+    leaf: 0x8000_0001,
+    subleaf: 0,
+    register: Register::Edx,
+    bit: 26,
+};
+
+impl CpuProfile {
+    /// The table of a guest with `vcpus` vCPUs on the processor in software; `host` is all that it has.
+    ///
+    /// # Errors
+    ///
+    /// See [`ProfileError`].
+    pub fn resolve_emulated(self, vcpus: u32) -> Result<CpuidTable, ProfileError> {
+        let level = match self {
+            Self::Host => Self::X86_64V2,
+            level => level,
+        };
+        let mut table = level.resolve(&CpuidTable::emulated(), vcpus)?;
+        if self == Self::Host {
+            table.add(&GIB_PAGES);
+        }
+        Ok(table)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{CpuProfile, ProfileError};
     use super::*;
 
     #[test]

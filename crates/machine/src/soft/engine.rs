@@ -49,7 +49,7 @@ pub struct SoftConfig {
     pub memory: GuestMemory,
     /// How many vCPUs it will have, 1 to [`MAX_VCPUS`].
     pub vcpus: u32,
-    /// The processor that the guest sees; `host` is all that this engine has, which is level 2.
+    /// The processor that the guest sees.
     pub profile: CpuProfile,
 }
 
@@ -104,12 +104,9 @@ impl SoftEngine {
             let reason = format!("{} vCPUs; possible are 1 to {MAX_VCPUS}", config.vcpus);
             return Err(EngineError::new("create VM", invalid(reason)));
         }
-        let profile = match config.profile {
-            CpuProfile::Host => CpuProfile::X86_64V2,
-            profile => profile,
-        };
-        let cpuid = profile
-            .resolve(&CpuidTable::emulated(), config.vcpus)
+        let cpuid = config
+            .profile
+            .resolve_emulated(config.vcpus)
             .map_err(|error| {
                 let reason = format!("{error}; the software engine has x86-64-v2");
                 EngineError::new("CPU profile", invalid(reason))

@@ -49,7 +49,9 @@ impl Kick for SoftKick {
 impl SoftVcpu {
     /// vCPU `index` as it is after power-on.
     pub(super) fn new(shared: Arc<Shared>, index: usize, cpuid: CpuidTable) -> Self {
-        let processor = Processor::new(Arc::clone(&shared.ram));
+        let mut processor = Processor::new(Arc::clone(&shared.ram));
+        processor.set_address_bits(cpuid.answer(0x8000_0008, 0)[0] & 0xff);
+        processor.set_gib_pages(cpuid.answer(0x8000_0001, 0)[3] >> 26 & 1 != 0);
         shared.waker.set_attention(index, processor.attention());
         let local = Local {
             cpuid,

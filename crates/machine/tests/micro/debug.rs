@@ -2,21 +2,12 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
-const NO_BREAKPOINTS: &[(&str, &str)] = &[
-    (EMULATED_KVM, "it has no data breakpoints in ring 0"),
-    (
-        SOFT,
-        "it does not compare addresses with the debug registers",
-    ),
-];
-const ONE_STEP: &[(&str, &str)] = &[
-    (EMULATED_KVM, "a repeated instruction is one step"),
-    (SOFT, "a repeated instruction is one step"),
-];
+const NO_BREAKPOINTS: &[(&str, &str)] = &[(EMULATED_KVM, "it has no data breakpoints in ring 0")];
+const ONE_STEP: &[(&str, &str)] = &[(EMULATED_KVM, "a repeated instruction is one step")];
 /// DR6 (SDM 3B, 17.2.3).
 const SINGLE_STEP: u64 = 1 << 14;
 const GENERAL_DETECT: u64 = 1 << 13;

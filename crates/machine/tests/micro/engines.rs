@@ -20,7 +20,7 @@ pub const EMULATED_KVM: &str = "emulated kvm";
 /// What it says of an instruction that it does not know. A case with one is not compared there.
 const NOT_EMULATED: &str = "KVM cannot emulate";
 /// The processor in software.
-pub const SOFT: &str = "soft";
+const SOFT: &str = "soft";
 
 /// A name, and what makes an engine with one vCPU of the profile that it always has.
 type Candidate = (&'static str, fn(GuestMemory) -> Box<dyn Engine>);

@@ -2,12 +2,11 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
 /// CS of real mode is writable data after RESET and stays so until the far jump (SDM 3A, table 9-1).
-const DATA_IN_CS: &[(&str, &str)] = &[(SOFT, "it executes no data segment once CR0.PE is set")];
 /// The code segment of real mode.
 const SEGMENT: u16 = (Guest::CODE >> 4) as u16;
 
@@ -157,7 +156,7 @@ fn what_protected_mode_brought_is_an_invalid_opcode_in_real_mode() {
 
 #[test]
 fn segments_keep_their_limits_from_protected_mode() {
-    on_every_engine_but(DATA_IN_CS, |guest| {
+    on_every_engine(|guest| {
         guest.real_mode();
         // SDM 3A, 9.9.2: also called unreal mode.
         guest.write(0x40_0000, 0x1234_5678_u32);
@@ -200,7 +199,7 @@ fn enter_long_mode(a: &mut CodeAssembler) -> Assembled {
 
 #[test]
 fn the_way_to_long_mode_and_back_to_real_mode() {
-    on_every_engine_but(DATA_IN_CS, |guest| {
+    on_every_engine(|guest| {
         guest.real_mode();
         guest.set_descriptor(CODE16, Guest::CODE as u32, 0xffff, CODE | ACCESSED);
         guest.place(Guest::CODE + 0x100, 32, enter_long_mode);

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -83,7 +83,7 @@ fn large_pages_translate_and_are_marked_in_their_own_entry() {
 
 #[test]
 fn pages_of_a_gib_translate_where_cpuid_has_them() {
-    on_every_engine_but(&[(SOFT, "it has them and does not say so")], |guest| {
+    on_every_engine(|guest| {
         // SDM 2A, CPUID: 0x80000001, EDX bit 26.
         guest.finish(|a| {
             a.mov(eax, 0x8000_0001u32)?;

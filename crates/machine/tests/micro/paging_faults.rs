@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -161,20 +161,17 @@ fn without_write_protection_the_supervisor_writes_read_only_pages() {
 fn a_reserved_bit_is_named_in_the_error_code() {
     // SDM 3A, 4.7: P is set with RSVD. Bits beyond the physical address; bit 63 without EFER.NXE; bits 20
     // to 13 of a large page.
-    on_every_engine_but(
-        &[(SOFT, "it has 52 bits of address whatever CPUID says")],
-        |guest| {
-            guest.finish(|a| {
-                a.mov(eax, 0x8000_0008u32)?;
-                a.cpuid()
-            });
-            guest.state.general.rip = Guest::CODE;
-            if guest.state.general.rax & 0xff < 52 {
-                let entry = KERNEL | 1 << 51 | P | RW;
-                check(guest, entry, Read, KERNEL, Some(RESERVED | PRESENT_PAGE));
-            }
-        },
-    );
+    on_every_engine(|guest| {
+        guest.finish(|a| {
+            a.mov(eax, 0x8000_0008u32)?;
+            a.cpuid()
+        });
+        guest.state.general.rip = Guest::CODE;
+        if guest.state.general.rax & 0xff < 52 {
+            let entry = KERNEL | 1 << 51 | P | RW;
+            check(guest, entry, Read, KERNEL, Some(RESERVED | PRESENT_PAGE));
+        }
+    });
     on_every_engine(|guest| {
         guest.state.special.efer &= !EFER_NXE;
         let error = Some(RESERVED | PRESENT_PAGE | WRITE);

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use crate::engines::{EMULATED_KVM, SOFT, on_every_engine, on_every_engine_but};
+use crate::engines::{EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
 use crate::tables::*;
 
@@ -308,7 +308,7 @@ fn verr_and_verw_ask_whether_a_segment_can_be_used() {
 
 #[test]
 fn arpl_raises_the_requested_ring() {
-    on_every_engine_but(&[(SOFT, "it has no ARPL")], |guest| {
+    on_every_engine(|guest| {
         guest.protected_mode();
         guest.finish(|a| {
             a.mov(eax, 0x10)?;
