@@ -18,12 +18,14 @@
 //! | `microop`, `flags` | the form of hot code; the status flags, computed when somebody reads them |
 //! | `translate`, `interpret` | into that form, and its execution |
 //! | `execute` | general-purpose instructions |
+//! | `debugger` | breakpoints and steps of a debugger outside the guest |
 //! | `system` | exceptions, interrupts, segments, tasks, privileged registers, ports |
 //! | `vector`, `x87` | SSE, MMX and x87, whose arithmetic the host's own units do |
 //!
 //! The proof is `tests/differential`: generated instructions run on the host's processor and here, both
 //! ways, and everything that the manual defines is compared. Kernels are `machine`'s to test.
 
+mod debugger;
 mod error;
 mod execute;
 mod flags;

@@ -114,7 +114,7 @@ pub(crate) enum Op {
     LoadForWrite8, LoadForWrite16, LoadForWrite32, LoadForWrite64,
     // memory = a.
     Store8, Store16, Store32, Store64,
-    /// RSP -= 8, [RSP] = a; a = [RSP], RSP += 8. RSP as it was before.
+    /// RSP -= 8, the stack's top = a; a = the stack's top, RSP += 8. RSP as it was before.
     Push, Pop,
     // Vector registers: XMM0 to XMM15, and 16 for a value between two operations.
     /// a = memory, the rest of it zero; `A`: #GP unless aligned.
@@ -134,7 +134,8 @@ pub(crate) enum Op {
     /// a converted from general register b, general register a from b; c: of 64 bits.
     VectorConvertFrom, VectorConvertTo,
     // Ends of a block. Positions are relative to its start.
-    /// To `imm`; to b; [RSP] = low, to high; [RSP] = low, to b; to [RSP], with `imm` bytes off the stack.
+    /// To `imm`; to b; pushes low, to high; pushes low, to b; pops and goes there, with `imm` bytes more off
+    /// the stack.
     Jump, JumpTo, Call, CallTo, Return,
     /// To `imm` if condition c.
     JumpIf,

@@ -11,6 +11,9 @@ use crate::memory::{PAGE, PAGE_SHIFT};
 use crate::processor::Processor;
 use crate::state::rflags;
 
+/// The offset in a page.
+pub(crate) const PAGE_MASK: u64 = PAGE - 1;
+
 /// What an access wants to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
+use crate::debugger::Debugger;
 use crate::error::{Exception, Vector};
 use crate::interpret::Ended;
 use crate::memory::{PAGE, Ram};
@@ -88,6 +89,8 @@ pub enum Stop {
     Halted,
     /// A fault while delivering a double fault.
     TripleFault,
+    /// A debugger's breakpoint is at the next instruction, or its single step is done.
+    Debug,
 }
 
 /// One processor core.
@@ -103,6 +106,8 @@ pub struct Processor {
     pub(crate) retired: u64,
     /// What data breakpoints see of the instruction that is executed; nothing while there are none.
     pub(crate) accesses: Option<Hits>,
+    /// What a debugger waits for.
+    pub(crate) debugger: Debugger,
     /// How many bits a physical address has.
     pub(crate) address_bits: u32,
     /// Whether there are pages of 1 GiB.
@@ -137,6 +142,7 @@ impl Processor {
             blocks: BlockCache::default(),
             retired: 0,
             accesses: None,
+            debugger: Debugger::default(),
             address_bits: 52,
             gib_pages: true,
             attention: Arc::default(),
@@ -194,7 +200,13 @@ impl Processor {
                 return Stop::Attention;
             }
             rows = rows.wrapping_add(1);
-            if look || rows.is_multiple_of(LOOK_EVERY) {
+            let debugged = self.debugger.is_on();
+            if debugged && self.at_debuggers_breakpoint() {
+                return Stop::Debug;
+            }
+            if look && !self.debugger.holds_interrupts(self.state.halted)
+                || rows.is_multiple_of(LOOK_EVERY)
+            {
                 if self.take_interrupt(env).is_err() {
                     return Stop::TripleFault;
                 }
@@ -204,7 +216,7 @@ impl Processor {
             }
             look = self.state.shadow;
             let step = self.state.flags & rflags::TF != 0;
-            let limit = if look || step { 1 } else { budget };
+            let limit = if look || step || debugged { 1 } else { budget };
             self.state.shadow = false;
             let resumed = self.state.flags & rflags::RF != 0;
             self.state.flags &= !rflags::RF;
@@ -225,6 +237,9 @@ impl Processor {
                 if self.deliver_exception(env, exception).is_err() {
                     return Stop::TripleFault;
                 }
+            }
+            if debugged && self.debugger.step_is_done() {
+                return Stop::Debug;
             }
         }
     }

@@ -39,9 +39,21 @@ pub enum Exit {
     Kicked,
     /// A triple fault: a PC resets then.
     TripleFault,
+    /// A debugger's breakpoint is at the next instruction, or its single step is done.
+    Debug,
     /// The guest cannot go on; the text names the engine's reason and the guest's instruction
     /// pointer.
     Fatal(String),
+}
+
+/// What a debugger wants of a vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DebugRequest {
+    /// Stop after one instruction.
+    pub single_step: bool,
+    /// Stop before the instructions at these linear addresses. The guest's memory and debug registers
+    /// stay as they are.
+    pub breakpoints: Vec<u64>,
 }
 
 /// Makes a vCPU leave [`Vcpu::run`] soon, from any thread; if it is not in there, at its next entry.
@@ -157,6 +169,21 @@ pub trait Vcpu: Send {
     ///
     /// The engine does not take part of the state; the vCPU must not run then.
     fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+
+    /// From the next run on, stops as a debugger wants; [`Vcpu::run`] returns [`Exit::Debug`] then.
+    ///
+    /// # Errors
+    ///
+    /// The engine has not that many breakpoints.
+    fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError>;
+
+    /// The physical address behind a linear one by the vCPU's page tables; nothing if it is not mapped.
+    /// The guest does not notice.
+    ///
+    /// # Errors
+    ///
+    /// The engine refuses.
+    fn translate(&mut self, linear: u64) -> Result<Option<u64>, EngineError>;
 
     /// Back to the state after power-on, as a PC's reset line does, but for the time-stamp counter,
     /// which runs on.

@@ -22,6 +22,7 @@
 
 mod convert;
 mod cpuid;
+mod debug;
 mod dirty;
 mod doorbell;
 mod irq;

@@ -15,6 +15,8 @@ pub mod channel;
 pub mod config;
 pub mod console;
 pub mod control;
+mod debug;
+mod gdb;
 pub mod jail;
 pub mod machine;
 mod notice;

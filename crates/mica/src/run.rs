@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use mica_machine::vmm;
 use mica_machine::vmm::channel::{Attachments, Channel};
-use mica_machine::vmm::config::{NetworkConfig, ToVm, VmConfig};
+use mica_machine::vmm::config::{GdbConfig, NetworkConfig, ToVm, VmConfig};
 
 use self::backend::Backends;
 use self::console::Console;
@@ -63,11 +63,8 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
     let mut attachments = Attachments::default();
     let disks = backends.open_disks(&source, &options, &mut attachments)?;
     let networks = networks(&options, &name, &mut backends, &mut attachments)?;
-    let vsock = options
-        .vsock
-        .map(|cid| vsock::open(&name, cid, &mut attachments))
-        .transpose()?;
-    let (_vsock_file, vsock) = vsock.unzip();
+    let (_vsock_file, vsock) = vsock::open(&name, options.vsock, &mut attachments)?.unzip();
+    let (_gdb_file, gdb) = gdb_socket(&options, &mut attachments)?.unzip();
     let (mut serial, mut virtio_console) = (None, None);
     if let Some(far_end) = far_end {
         let place = match options.console_device {
@@ -90,6 +87,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
         serial,
         virtio_console,
         control: Some(attachments.attach(listener)),
+        gdb,
         disks,
         networks,
         vsock,
@@ -168,6 +166,24 @@ fn spawn() -> io::Result<(Channel, Child)> {
 }
 
 /// The control socket and the name it gives the VM: as asked for, or the first one that is free.
+/// The socket for a debugger, which is removed at the end.
+fn gdb_socket(
+    options: &Options,
+    attachments: &mut Attachments,
+) -> Result<Option<(SocketFile, GdbConfig)>, Box<dyn Error>> {
+    let Some(path) = &options.gdb else {
+        return Ok(None);
+    };
+    let failed = |error: io::Error| format!("GDB's socket {}: {error}", path.display());
+    let mut file = SocketFile::bind(path).map_err(failed)?;
+    let listener = file.take_listener().ok_or("GDB's socket is taken")?;
+    let config = GdbConfig {
+        listener: attachments.attach(listener),
+        wait: options.gdb_wait,
+    };
+    Ok(Some((file, config)))
+}
+
 fn control_socket(
     options: &Options,
     source: &Source,

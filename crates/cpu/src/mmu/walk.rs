@@ -235,6 +235,26 @@ impl Processor {
         fail(0)
     }
 
+    /// The physical address of a page, without checks of rights and without marks.
+    pub(crate) fn look_up(&self, linear: u64) -> Option<u64> {
+        let Some(paging) = Paging::of(self, Rights::Supervisor) else {
+            return Some(linear & 0xffff_ffff);
+        };
+        let mut table = paging.root(self.state.cr3);
+        for (level, &(shift, bits)) in paging.levels().iter().enumerate() {
+            let address = table + (linear >> shift & ((1 << bits) - 1)) * paging.entry_size();
+            let value = self.read_entry(address, &paging)?;
+            if value & entry::PRESENT == 0 {
+                return None;
+            }
+            if paging.is_page(value, shift, level)? {
+                return Some(paging.frame(value, shift) | linear & ((1 << shift) - 1));
+            }
+            table = value & entry::FRAME;
+        }
+        None
+    }
+
     fn read_entry(&self, address: u64, paging: &Paging) -> Option<u64> {
         let word = self.ram.read_u64(address)?;
         Some(if paging.pae {

@@ -19,7 +19,7 @@ fn run_to_halt(cpu: &mut Processor) {
         match cpu.run(&Nothing, 1_000_000) {
             Stop::Halted => return,
             Stop::Attention => {}
-            Stop::TripleFault => panic!("a fault at {:#x}", cpu.state.rip),
+            Stop::TripleFault | Stop::Debug => panic!("a stop at {:#x}", cpu.state.rip),
         }
     }
     panic!("no end");

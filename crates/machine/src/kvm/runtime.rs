@@ -3,10 +3,10 @@
 use std::os::raw::{c_uint, c_ulong};
 
 use kvm_bindings::{
-    KVMIO, kvm_clock_data, kvm_debugregs, kvm_dirty_log, kvm_ioeventfd, kvm_irq_level,
-    kvm_irq_routing, kvm_irqchip, kvm_irqfd, kvm_lapic_state, kvm_mp_state, kvm_msrs,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    KVMIO, kvm_clock_data, kvm_debugregs, kvm_dirty_log, kvm_guest_debug, kvm_ioeventfd,
+    kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_irqfd, kvm_lapic_state, kvm_mp_state,
+    kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_translation, kvm_userspace_memory_region,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -60,6 +60,8 @@ pub const RUNTIME_IOCTLS: &[u64] = &[
     typed::<kvm_xsave>(_IOC_WRITE, 0xa5),       // KVM_SET_XSAVE
     typed::<kvm_xcrs>(_IOC_READ, 0xa6),         // KVM_GET_XCRS
     typed::<kvm_xcrs>(_IOC_WRITE, 0xa7),        // KVM_SET_XCRS
+    typed::<kvm_guest_debug>(_IOC_WRITE, 0x9b), // KVM_SET_GUEST_DEBUG
+    typed::<kvm_translation>(BOTH, 0x85),       // KVM_TRANSLATE
     plain(0xa3),                                // KVM_GET_TSC_KHZ
     plain(0xa2),                                // KVM_SET_TSC_KHZ
 ];

@@ -4,19 +4,19 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_INTERNAL_ERROR_EMULATION,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::kick::{self, KickHandle};
 use super::run_page::RunPage;
 use super::vm::Vm;
-use super::{cpuid, runtime, vcpu_state};
+use super::{cpuid, debug, runtime, vcpu_state};
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::VcpuState;
-use crate::engine::{BusAccess, EngineError, Exit, Kick, UnknownMsrs, Vcpu};
+use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, UnknownMsrs, Vcpu};
 
 /// What all vCPUs of a VM share.
 pub(super) struct VcpuContext {
@@ -178,6 +178,7 @@ impl KvmVcpu {
                 None
             }
             KVM_EXIT_INTR => None,
+            KVM_EXIT_DEBUG => Some(Exit::Debug),
             KVM_EXIT_SHUTDOWN => Some(Exit::TripleFault),
             KVM_EXIT_INTERNAL_ERROR => {
                 let (suberror, data) = self.page.internal_error();
@@ -239,6 +240,22 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         vcpu_state::restore(self, state, true)
+    }
+
+    fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {
+        let setting = debug::setting(request)
+            .map_err(|reason| self.error("KVM_SET_GUEST_DEBUG", super::invalid(reason)))?;
+        self.fd
+            .set_guest_debug(&setting)
+            .map_err(|error| self.error("KVM_SET_GUEST_DEBUG", error))
+    }
+
+    fn translate(&mut self, linear: u64) -> Result<Option<u64>, EngineError> {
+        let found = self
+            .fd
+            .translate_gva(linear)
+            .map_err(|error| self.error("KVM_TRANSLATE", error))?;
+        Ok((found.valid != 0).then_some(found.physical_address))
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {

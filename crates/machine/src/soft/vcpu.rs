@@ -15,7 +15,7 @@ use super::time;
 use super::waker::Waker;
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::{RunState, VcpuState};
-use crate::engine::{BusAccess, EngineError, Exit, Kick, Vcpu};
+use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, Vcpu};
 
 /// Instructions between two looks at what nobody announces; every announcement ends a run early.
 const BUDGET: u64 = 1 << 32;
@@ -201,6 +201,7 @@ impl Vcpu for SoftVcpu {
                 Stop::Attention => {}
                 Stop::Halted => self.shared.waker.sleep(self.index),
                 Stop::TripleFault => return Ok(Exit::TripleFault),
+                Stop::Debug => return Ok(Exit::Debug),
             }
         }
     }
@@ -215,6 +216,16 @@ impl Vcpu for SoftVcpu {
 
     fn restore(&mut self, saved: &VcpuState) -> Result<(), EngineError> {
         state::restore(self, saved, time::now_ns())
+    }
+
+    fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {
+        self.processor
+            .set_debugger(request.single_step, &request.breakpoints);
+        Ok(())
+    }
+
+    fn translate(&mut self, linear: u64) -> Result<Option<u64>, EngineError> {
+        Ok(self.processor.translate_for_debugger(linear))
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {

@@ -369,6 +369,7 @@ impl Assembler {
             boot: boot_source(&config.boot, fds)?,
             acpi,
             running: false,
+            devices_paused: false,
         };
         Ok(Assembled {
             machine,

@@ -167,6 +167,8 @@ pub struct VmConfig {
     pub virtio_console: Option<FdIndex>,
     /// A listening socket for the control protocol.
     pub control: Option<FdIndex>,
+    /// Where a debugger reaches the guest.
+    pub gdb: Option<GdbConfig>,
     /// Disks, in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
     /// Network interfaces, in the order of their PCI slots.
@@ -220,6 +222,15 @@ pub enum BootConfig {
         /// Put behind the command line.
         append: String,
     },
+}
+
+/// GDB's way to the guest.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GdbConfig {
+    /// A listening socket for GDB's remote protocol.
+    pub listener: FdIndex,
+    /// Whether the guest waits for a debugger to let it run.
+    pub wait: bool,
 }
 
 /// A block device with its backend.

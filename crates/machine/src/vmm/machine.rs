@@ -101,6 +101,8 @@ pub struct Machine {
     /// What the ACPI tables say; they are written anew after each reset.
     pub(super) acpi: AcpiConfig,
     pub(super) running: bool,
+    /// The devices stand still, too.
+    pub(super) devices_paused: bool,
 }
 
 fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn Device + 'static> {
@@ -162,8 +164,12 @@ impl Machine {
 
     /// Lets the vCPUs run.
     pub fn run(&mut self) {
+        self.run_some(None);
+    }
+
+    fn run_some(&mut self, only: Option<usize>) {
         self.running = true;
-        self.vcpus.run();
+        self.vcpus.run_some(only);
     }
 
     /// Stops vCPUs, then devices. A machine that stands still is left alone.
@@ -186,22 +192,35 @@ impl Machine {
             }
         }
         self.running = false;
+        self.devices_paused = true;
         Ok(())
     }
 
-    /// Undoes [`Machine::pause`].
+    /// Undoes [`Machine::pause`]; lets a machine run that was booted and not run yet.
     ///
     /// # Errors
     ///
     /// A device cannot go on; the machine stays paused.
     pub fn resume(&mut self) -> Result<(), MachineError> {
+        self.resume_some(None)
+    }
+
+    /// The same for `only` one vCPU, if one is given.
+    ///
+    /// # Errors
+    ///
+    /// See [`Machine::resume`].
+    pub fn resume_some(&mut self, only: Option<usize>) -> Result<(), MachineError> {
         if self.running {
             return Ok(());
         }
-        for device in &self.devices {
-            lock(device).resume()?;
+        if self.devices_paused {
+            for device in &self.devices {
+                lock(device).resume()?;
+            }
+            self.devices_paused = false;
         }
-        self.run();
+        self.run_some(only);
         Ok(())
     }
 
@@ -214,6 +233,7 @@ impl Machine {
     pub fn reset(&mut self) -> Result<Booted, MachineError> {
         self.vcpus.pause();
         self.running = false;
+        self.devices_paused = false;
         for device in self.devices.iter().rev() {
             lock(device).reset();
         }

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::debug::DebugCall;
 use super::vcpus::VcpuEnd;
 use crate::legacy::{PowerEvent, PowerSink};
 
@@ -22,6 +23,8 @@ pub(super) enum Notice {
     VcpuEnd(VcpuEnd),
     /// A device lost its backend.
     NeedBackend { device: String, reason: String },
+    /// A debugger wants something.
+    Debug(DebugCall),
 }
 
 /// Notices on their way to the event loop, which an eventfd wakes.

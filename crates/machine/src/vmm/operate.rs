@@ -20,6 +20,7 @@ use super::assemble::{Assembled, BackendDevice, Handles};
 use super::channel::{Attachments, Channel, Received};
 use super::config::{FromVm, OnPanic, OnReset, ResetCause, StopReason, ToVm, VmConfig, VmEvent};
 use super::control::{Answer, Command, ErrorCode, Request, Response, RunState, VmState};
+use super::debug::Debugger;
 use super::machine::{Booted, Machine};
 use super::notice::{Mailbox, Notice};
 use super::process::ProcessError;
@@ -50,6 +51,7 @@ pub(super) struct Operator {
     resets: u64,
     /// Devices whose loss has been reported and not been mended.
     lost: Vec<String>,
+    debugger: Debugger,
 }
 
 impl From<Booted> for VmEvent {
@@ -73,6 +75,7 @@ impl Operator {
             started: Instant::now(),
             resets: 0,
             lost: Vec::new(),
+            debugger: Debugger::default(),
         }
     }
 
@@ -111,6 +114,10 @@ impl Operator {
             Notice::Power(PowerEvent::GuestShutdown) => {}
             Notice::VcpuEnd(end) => match (end.cause, self.config.on_reset) {
                 (EndCause::TripleFault, OnReset::Reboot) => self.reset(ResetCause::TripleFault),
+                (EndCause::Debug, _) => {
+                    let stopped = self.debugger.stopped(&mut self.machine, end.index);
+                    stopped.unwrap_or_else(|error| self.finish(Err(error.into())));
+                }
                 (EndCause::TripleFault, OnReset::Stop) => {
                     self.finish(Ok(StopReason::TripleFault));
                 }
@@ -119,6 +126,11 @@ impl Operator {
                     self.finish(Ok(StopReason::EngineFailed));
                 }
             },
+            Notice::Debug(call) => {
+                if let Err(reason) = self.debugger.execute(&mut self.machine, call) {
+                    self.warn(format!("the debugger's wish: {reason}"));
+                }
+            }
             Notice::NeedBackend { device, reason } => {
                 if !self.lost.contains(&device) {
                     self.event(VmEvent::BackendLost {

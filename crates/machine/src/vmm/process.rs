@@ -4,12 +4,14 @@ use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use super::assemble::{AssembleError, assemble};
-use super::channel::{Attachments, Channel};
-use super::config::{EngineConfig, FromVm, StopReason, ToVm, VmEvent};
+use super::channel::{Attachments, Channel, Received};
+use super::config::{EngineConfig, FromVm, StopReason, ToVm, VmConfig, VmEvent};
+use super::gdb;
 use super::jail::{self, JailError};
 use super::machine::MachineError;
 use super::notice::Mailbox;
@@ -64,13 +66,8 @@ fn run_machine(channel: &Rc<Channel>) -> Result<StopReason, ProcessError> {
     let landlock = jail::close_doors()?;
     let mailbox = Arc::new(Mailbox::new()?);
     let mut assembled = assemble(&config, &mut fds, &mailbox)?;
-    let server = match config.control {
-        Some(index) => Some(Server::new(
-            UnixListener::from(fds.take(index)?),
-            &config.name,
-        )?),
-        None => None,
-    };
+    let server = open_control(&config, &mut fds)?;
+    let gdb = start_gdb(&config, &mut fds, &mailbox)?;
     drop(fds);
     let mut event_loop = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     let ioctls = match config.engine {
@@ -88,8 +85,14 @@ fn run_machine(channel: &Rc<Channel>) -> Result<StopReason, ProcessError> {
     let booted = machine.boot()?;
     machine.start()?;
     event(booted.into())?;
-    machine.run();
-    event(VmEvent::Running)?;
+    if config.gdb.as_ref().is_some_and(|gdb| gdb.wait) {
+        event(VmEvent::Paused)?;
+    } else {
+        machine.run();
+        event(VmEvent::Running)?;
+    }
+    // Debuggers are served from here on.
+    drop(gdb);
 
     let serial = assembled.handles.serial.clone();
     for subscriber in std::mem::take(&mut assembled.subscribers) {
@@ -113,4 +116,26 @@ fn run_machine(channel: &Rc<Channel>) -> Result<StopReason, ProcessError> {
         crate::bus::lock(&serial).finish();
     }
     reason
+}
+
+fn open_control(config: &VmConfig, fds: &mut Received) -> Result<Option<Server>, ProcessError> {
+    let Some(index) = config.control else {
+        return Ok(None);
+    };
+    let listener = UnixListener::from(fds.take(index)?);
+    Ok(Some(Server::new(listener, &config.name)?))
+}
+
+/// The thread that serves debuggers, which waits until what this returns is dropped.
+fn start_gdb(
+    config: &VmConfig,
+    fds: &mut Received,
+    mailbox: &Arc<Mailbox>,
+) -> Result<Option<Sender<()>>, ProcessError> {
+    let Some(gdb) = &config.gdb else {
+        return Ok(None);
+    };
+    let listener = UnixListener::from(fds.take(gdb.listener)?);
+    let started = gdb::start(listener, config.vcpus, Arc::clone(mailbox))?;
+    Ok(Some(started))
 }

@@ -39,6 +39,8 @@ struct Progress {
     goal: Goal,
     /// Counts calls of [`Vcpus::run`]: a vCPU that ended in one run may start in the next.
     run: u64,
+    /// In this run, the others stay parked.
+    only: Option<usize>,
     /// Threads that do not touch their vCPU.
     parked: usize,
 }
@@ -57,6 +59,8 @@ pub struct VcpuEnd {
 pub enum EndCause {
     /// Its guest faulted thrice.
     TripleFault,
+    /// A debugger's breakpoint or step.
+    Debug,
     /// The engine says why.
     Failed(String),
 }
@@ -94,6 +98,7 @@ impl Vcpus {
             progress: Mutex::new(Progress {
                 goal: Goal::Park,
                 run: 0,
+                only: None,
                 parked: 0,
             }),
             changed: Condvar::new(),
@@ -126,8 +131,14 @@ impl Vcpus {
 
     /// Lets all vCPUs run.
     pub fn run(&self) {
+        self.run_some(None);
+    }
+
+    /// Lets all vCPUs run, or `only` one.
+    pub fn run_some(&self, only: Option<usize>) {
         let mut progress = lock(&self.shared.progress);
         progress.goal = Goal::Run;
+        progress.only = only;
         progress.run += 1;
         self.shared.hold.store(false, Ordering::SeqCst);
         self.shared.changed.notify_all();
@@ -203,7 +214,7 @@ impl Shared {
     /// The life of a vCPU's thread.
     fn drive(&self, index: usize, vcpu: &SharedVcpu) {
         let mut ended_in = None;
-        while let Some(run) = self.wait_to_run(ended_in) {
+        while let Some(run) = self.wait_to_run(index, ended_in) {
             let cause = match self.run_until_held(lock(vcpu).as_mut()) {
                 Ok(Some(cause)) => cause,
                 Ok(None) => continue,
@@ -215,14 +226,19 @@ impl Shared {
     }
 
     /// Parks until the goal is to run in another run than `ended_in`. `None`: the thread shall quit.
-    fn wait_to_run(&self, ended_in: Option<u64>) -> Option<u64> {
+    fn wait_to_run(&self, index: usize, ended_in: Option<u64>) -> Option<u64> {
         let mut progress = lock(&self.progress);
         progress.parked += 1;
         self.changed.notify_all();
         loop {
             match progress.goal {
                 Goal::Quit => return None,
-                Goal::Run if ended_in != Some(progress.run) => break,
+                Goal::Run
+                    if ended_in != Some(progress.run)
+                        && progress.only.is_none_or(|only| only == index) =>
+                {
+                    break;
+                }
                 Goal::Run | Goal::Park => {}
             }
             progress = self
@@ -240,6 +256,7 @@ impl Shared {
                 Exit::Kicked if self.hold.load(Ordering::SeqCst) => return Ok(None),
                 Exit::Kicked => {}
                 Exit::TripleFault => return Ok(Some(EndCause::TripleFault)),
+                Exit::Debug => return Ok(Some(EndCause::Debug)),
                 Exit::Fatal(reason) => return Ok(Some(EndCause::Failed(reason))),
             }
         }

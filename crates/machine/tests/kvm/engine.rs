@@ -391,3 +391,41 @@ fn the_guest_sees_its_profile_s_processor() {
         check_profile(profile);
     }
 }
+
+/// A breakpoint stops before its instruction, a step after one, and the guest does not notice.
+#[test]
+fn a_debugger_stops_the_guest_where_it_wants() {
+    use mica_machine::engine::DebugRequest;
+    let code = code![
+        mov_eax(1),
+        mov_eax(2),
+        mov_eax(3),
+        [0xe7, 0x80], // out 0x80, eax
+        OUT_REPORT,
+    ];
+    let Some(mut guest) = Guest::new(&code) else {
+        return;
+    };
+    let request = |single_step, breakpoints: &[u64]| DebugRequest {
+        single_step,
+        breakpoints: breakpoints.to_vec(),
+    };
+    guest.vcpu.set_debug(&request(false, &[CODE + 10])).unwrap();
+    let exit = guest.vcpu.run(&*guest.bus).unwrap();
+    if exit == Exit::Kicked {
+        // A KVM that emulates ring 0 has no breakpoints.
+        assert!(!crate::gives_every_profile());
+        return;
+    }
+    assert_eq!(exit, Exit::Debug);
+    let state = guest.vcpu.save().unwrap();
+    assert_eq!((state.general.rip, state.general.rax), (CODE + 10, 2));
+    guest.vcpu.set_debug(&request(true, &[])).unwrap();
+    assert_eq!(guest.vcpu.run(&*guest.bus).unwrap(), Exit::Debug);
+    let state = guest.vcpu.save().unwrap();
+    assert_eq!((state.general.rip, state.general.rax), (CODE + 15, 3));
+    assert_eq!(guest.vcpu.translate(CODE + 15).unwrap(), Some(CODE + 15));
+    guest.vcpu.set_debug(&DebugRequest::default()).unwrap();
+    let three = Access::PortWrite(0x80, 3u32.to_le_bytes().to_vec());
+    assert_eq!(guest.run(), [three]);
+}

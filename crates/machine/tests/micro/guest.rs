@@ -327,6 +327,7 @@ impl Guest {
                 None => panic!("it does not end, and is at {:#x?}", self.state.general),
             },
             Exit::Fatal(reason) => std::panic::panic_any(Fatal(reason)),
+            Exit::Debug => panic!("nobody debugs it"),
         }
     }
 

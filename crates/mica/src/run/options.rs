@@ -72,6 +72,14 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t)]
     pub(crate) engine: EngineChoice,
 
+    /// A socket that mica makes here for GDB: target remote PATH.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) gdb: Option<PathBuf>,
+
+    /// With --gdb: the guest waits for a debugger to let it run.
+    #[arg(long, requires = "gdb")]
+    pub(crate) gdb_wait: bool,
+
     /// The processor the guest sees.
     #[arg(long, value_name = "PROFILE", default_value_t, value_parser = cpu_profiles())]
     pub(crate) cpu_profile: CpuProfile,

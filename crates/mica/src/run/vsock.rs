@@ -19,7 +19,7 @@ use crate::runtime::{self, SocketFile};
 /// cannot hold up its event loop.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Makes the sockets of the vsock with context identifier `cid`; the listening one vanishes with the
+/// Makes the sockets of the vsock with context identifier `cid`, if there is to be one; the listening one vanishes with the
 /// returned file.
 ///
 /// # Errors
@@ -27,9 +27,12 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The socket's path is taken, or the system refuses.
 pub(crate) fn open(
     name: &str,
-    cid: u32,
+    cid: Option<u32>,
     attachments: &mut Attachments,
-) -> Result<(SocketFile, VsockConfig), Box<dyn Error>> {
+) -> Result<Option<(SocketFile, VsockConfig)>, Box<dyn Error>> {
+    let Some(cid) = cid else {
+        return Ok(None);
+    };
     let path = runtime::make_directory()?.join(format!("{name}.vsock"));
     let mut file = SocketFile::bind(&path)
         .map_err(|error| format!("vsock socket {}: {error}", path.display()))?;
@@ -44,7 +47,7 @@ pub(crate) fn open(
         listener: attachments.attach(listener),
         dialer: attachments.attach(theirs.into_fd()),
     };
-    Ok((file, config))
+    Ok(Some((file, config)))
 }
 
 /// Answers the VM process until it is gone.
