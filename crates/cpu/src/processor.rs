@@ -204,8 +204,8 @@ impl Processor {
             if debugged && self.at_debuggers_breakpoint() {
                 return Stop::Debug;
             }
-            if look && !self.debugger.holds_interrupts(self.state.halted)
-                || rows.is_multiple_of(LOOK_EVERY)
+            if (look || rows.is_multiple_of(LOOK_EVERY))
+                && !self.debugger.holds_interrupts(self.state.halted)
             {
                 if self.take_interrupt(env).is_err() {
                     return Stop::TripleFault;

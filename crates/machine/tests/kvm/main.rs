@@ -44,6 +44,10 @@ fn gives_every_profile() -> bool {
     probe::has_hardware_virtualization()
 }
 
+/// Whether breakpoints must work. QEMU's emulation of SVM, which the lab is on, ignores a guest's debug
+/// registers, and so does a `/dev/kvm` that emulates ring 0.
+const HAS_BREAKPOINTS: bool = false;
+
 /// This very program runs once more where `/dev/kvm` is the kernel's own on a processor with SVM.
 #[test]
 fn all_of_it_in_the_lab() {

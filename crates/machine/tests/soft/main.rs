@@ -37,3 +37,6 @@ fn make_engine(
 fn gives_every_profile() -> bool {
     true
 }
+
+/// Whether breakpoints must work.
+const HAS_BREAKPOINTS: bool = true;
