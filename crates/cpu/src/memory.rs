@@ -1,8 +1,7 @@
 //! Guest RAM as the processor sees it.
 //!
-//! Ranges of host memory at guest physical addresses, read and written by relaxed atomics of up to
-//! eight bytes (an access that is not aligned is several), because other processors, devices and
-//! backend processes use the same memory. Beside the bytes there is one byte of state per page: the
+//! Ranges of host memory at guest physical addresses, read and written by single instructions of the
+//! host, because other processors, devices and backend processes use the same memory. Beside the bytes there is one byte of state per page: the
 //! page has translated code, the page was written since the dirty log was taken.
 
 #![allow(unsafe_code)] // guest memory is shared with other threads and processes

@@ -1,4 +1,5 @@
-//! The interrupt controllers and timers of the software engine, which KVM has in the host kernel.
+//! The software engine: [`mica_cpu`]'s processors, and around them the interrupt controllers and timers
+//! that KVM has in the host kernel.
 //!
 //! ```text
 //!   lines 0-23 ──┬──▶ pic (0-15) ── ExtINT ──▶ LINT0 ┐
