@@ -470,12 +470,13 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
 /// A place in the queue for this machine's cores: software CPUs beside each other miss their
 /// deadlines. A lab wants the machine for itself, guests share it.
 #[derive(Debug)]
-pub(crate) struct Turn {
+pub struct Turn {
     _lock: std::fs::File,
 }
 
 impl Turn {
-    pub(crate) fn exclusive() -> Result<Turn> {
+    /// Waits until nobody else has a turn. Fails if the lock's file cannot be used.
+    pub fn exclusive() -> Result<Turn> {
         Turn::take(FlockOperation::LockExclusive)
     }
 

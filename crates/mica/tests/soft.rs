@@ -14,6 +14,7 @@ use std::fs;
 use std::time::Duration;
 
 use place::Place;
+use xtask::session::Turn;
 
 /// How long a guest may take to its prompt, while other tests want the same cores.
 const BOOT: Duration = Duration::from_secs(240);
@@ -74,6 +75,8 @@ fn tiny_with_four_processors() {
 fn debian_boots(vcpus: u32) {
     let place = Place::new();
     place.add(&images::debian_with_socat());
+    // Its systemd gives up on devices that are slow to come, so it has the machine for itself.
+    let _turn = Turn::exclusive().unwrap();
     let options = format!("run debian-socat --engine soft -m 512M -c {vcpus}");
     let mut vm = place.start(&options);
     vm.expect(" login: ", 2 * BOOT);

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use console::Vm;
 use place::Place;
+use xtask::session::Turn;
 
 const PROMPT: &str = "root@debian-work:~# ";
 /// How long a boot, and any one of the short programs, may take while other tests run.
@@ -24,7 +25,6 @@ const SUCCESS: &str = "all is well";
 
 /// Boots and logs in.
 fn start(place: &Place, vcpus: u32) -> Vm {
-    place.add(&images::debian_with_work());
     let mut vm = place.start(&format!(
         "run debian-work --engine soft -m 1G -c {vcpus} --ephemeral"
     ));
@@ -81,6 +81,8 @@ const CRYPTOGRAPHY: &str = "echo -n abc | openssl dgst -sha256 | \
 #[test]
 fn programs_give_their_known_results() {
     let place = Place::new();
+    place.add(&images::debian_with_work());
+    let _turn = Turn::exclusive().unwrap();
     let mut vm = start(&place, 2);
     for command in [
         &round_trips(30),
@@ -98,6 +100,8 @@ fn programs_give_their_known_results() {
 #[ignore = "takes most of an hour; `make test-deep` runs it"]
 fn longer_programs_give_their_known_results() {
     let place = Place::new();
+    place.add(&images::debian_with_work());
+    let _turn = Turn::exclusive().unwrap();
     let mut vm = start(&place, 2);
     for command in [
         &round_trips(4096),
