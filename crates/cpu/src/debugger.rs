@@ -38,6 +38,8 @@ impl Processor {
         let mut breakpoints = breakpoints.to_vec();
         breakpoints.sort_unstable();
         self.debugger = Debugger { step, breakpoints };
+        // It may have written code: what was translated is compared with memory when it is found again.
+        self.tlb.flush();
     }
 
     /// Whether a breakpoint is where the processor is; a step passes it.

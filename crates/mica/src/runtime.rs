@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -89,6 +89,11 @@ impl SocketFile {
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         if UnixStream::connect(path).is_ok() {
             return Err(io::ErrorKind::AddrInUse.into());
+        }
+        // A socket that nobody listens on any more is replaced; what else is there belongs to somebody.
+        let there = fs::symlink_metadata(path);
+        if there.is_ok_and(|there| !there.file_type().is_socket()) {
+            return Err(io::ErrorKind::AlreadyExists.into());
         }
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

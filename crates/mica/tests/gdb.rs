@@ -144,6 +144,25 @@ fn breakpoints_registers_and_memory_of_a_running_kernel() {
     assert_eq!(vm.wait(STEP).code(), Some(0), "{}", vm.transcript());
 }
 
+/// A file that is no socket is somebody's, and stays.
+#[test]
+fn no_file_is_replaced_by_the_socket() {
+    let place = Place::new();
+    place.add(&images::tiny());
+    let precious = place.path().join("run/precious");
+    std::fs::write(&precious, "kept").unwrap();
+    let output = place
+        .command("run tiny --engine soft --gdb precious")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && text.contains("precious"),
+        "{text}"
+    );
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
+}
+
 /// Bytes that are no protocol, and a debugger that vanishes, leave a running guest.
 #[test]
 fn a_bad_debugger_does_no_harm() {
