@@ -2,12 +2,12 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::operand::{address_size, operand_size, segment_name, sign_extend};
+use super::operand::{address_size, operand_size, sign_extend};
 use crate::error::Exception;
 use crate::flags::mask;
 use crate::mmu::Access;
 use crate::processor::{Environment, Executed, Flow, Processor};
-use crate::state::{SegmentName, rflags};
+use crate::state::rflags;
 
 /// CRC-32C (polynomial 11EDC6F41, reflected) of each byte.
 const CRC32C: [u32; 256] = {
@@ -114,7 +114,7 @@ impl Processor {
             let address_mask = mask(address_size(instruction, self.state.mode()));
             offset = offset.wrapping_add(words.wrapping_mul(size.into()) as u64) & address_mask;
         }
-        let name = segment_name(instruction.memory_segment()).unwrap_or(SegmentName::Ds);
+        let name = self.operand_segment(instruction);
         self.linear(name, offset, size.into(), access)
     }
 

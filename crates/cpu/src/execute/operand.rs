@@ -111,7 +111,7 @@ impl Processor {
 
     /// The memory operand's segment. In 64-bit mode prefixes that name another than FS and GS are
     /// ignored (SDM volume 1, 3.3.7.1), also for which exception an address raises.
-    fn operand_segment(&self, instruction: &Instruction) -> SegmentName {
+    pub(crate) fn operand_segment(&self, instruction: &Instruction) -> SegmentName {
         let name = segment_name(instruction.memory_segment()).unwrap_or(SegmentName::Ds);
         let counts = matches!(name, SegmentName::Fs | SegmentName::Gs);
         if self.state.mode() != Mode::Bits64 || counts {

@@ -82,7 +82,10 @@ pub(crate) fn difference(planned: &Planned, host: &Outcome, engine: &Outcome) ->
         .or_else(flags)
         .or_else(fault)
         .or_else(memory)
-        .or_else(|| floating(&host.fx, &engine.fx, undefined, transition))
+        .or_else(|| {
+            let control = control_mask(case, host);
+            floating(&host.fx, &engine.fx, undefined, transition, control)
+        })
         .map(|found| format!("{found} (code at {:#x})", case.rip))
 }
 
@@ -147,12 +150,23 @@ fn is_beyond_the_profile(case: &Case, host: &Outcome, engine: &Outcome) -> bool 
 }
 
 /// The bits of MXCSR that are compared. Beside an overflow or underflow that is not masked, PE says
-/// whether the result of unbounded range is exact; the engine sets it in any case (decision 007).
-fn control_mask(host: &FxState) -> u32 {
+/// whether the result of unbounded range is exact; the engine sets it in any case (decision 007). A dot
+/// product that faults may have done more or fewer of its products and sums.
+fn control_mask(case: &Case, host: &Outcome) -> u32 {
+    use iced_x86::Mnemonic as M;
     const RANGE: u32 = 3 << 3;
     const PRECISION: u32 = 1 << 5;
-    let unmasked = host.mxcsr & !(host.mxcsr >> 7) & RANGE != 0;
-    if unmasked { !PRECISION } else { u32::MAX }
+    const EXCEPTIONS: u32 = 0x3f;
+    const SIMD: u64 = 19;
+    let mxcsr = host.fx.mxcsr;
+    let dot = |instruction: &Instruction| matches!(instruction.mnemonic(), M::Dpps | M::Dppd);
+    if host.trap == SIMD && instructions(case).iter().any(dot) {
+        !EXCEPTIONS
+    } else if mxcsr & !(mxcsr >> 7) & RANGE != 0 {
+        !PRECISION
+    } else {
+        u32::MAX
+    }
 }
 
 /// Which of an address that is neither canonical nor aligned, and of two operands that fault, is seen
@@ -160,9 +174,16 @@ fn control_mask(host: &FxState) -> u32 {
 fn equivalent(case: &Case, host: u64, engine: u64) -> bool {
     let fault = |vector| matches!(vector, 12..=14);
     let either = instructions(case).iter().any(|instruction| {
-        let vector =
-            (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_xmm());
-        is_cmps(instruction) || vector && host != PAGE_FAULT && engine != PAGE_FAULT
+        let size = instruction.memory_size();
+        let vector = size.size() == 16
+            || (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_xmm());
+        let environment = size == iced_x86::MemorySize::FpuEnv14;
+        // A target that no RIP can have, and a stack that cannot take the return address.
+        let call = instruction.is_call_near_indirect();
+        is_cmps(instruction)
+            || environment
+            || call
+            || vector && host != PAGE_FAULT && engine != PAGE_FAULT
     });
     host == engine || either && fault(host) && fault(engine)
 }
@@ -200,8 +221,14 @@ fn uses_mmx(case: &Case) -> bool {
     })
 }
 
-/// `transition`: the stack's top and tags are not compared.
-fn floating(host: &FxState, engine: &FxState, undefined: u32, transition: bool) -> Option<String> {
+/// `transition`: the stack's top and tags are not compared; `control`: these bits of MXCSR are.
+fn floating(
+    host: &FxState,
+    engine: &FxState,
+    undefined: u32,
+    transition: bool,
+    control: u32,
+) -> Option<String> {
     const TOP: u16 = 7 << 11;
     let pair = |what: &str, host: u32, engine: u32| {
         (host != engine).then(|| format!("{what}: host {host:#x}, engine {engine:#x}"))
@@ -231,7 +258,7 @@ fn floating(host: &FxState, engine: &FxState, undefined: u32, transition: bool) 
         })
         .or_else(|| pair("ftw", (host.ftw & tags).into(), (engine.ftw & tags).into()))
         .or_else(|| {
-            let mask = control_mask(host);
+            let mask = control;
             pair("mxcsr", host.mxcsr & mask, engine.mxcsr & mask)
         })
         .or_else(|| {
