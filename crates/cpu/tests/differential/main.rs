@@ -233,7 +233,7 @@ fn the_generator_makes_cases_that_run() {
     };
     let mut host = Host::start(&background());
     let mut traps: BTreeMap<u64, u64> = BTreeMap::new();
-    let count = 20 * BATCH as u64;
+    let count = 200 * BATCH as u64;
     for start in (0..count).step_by(BATCH) {
         let planned: Vec<Planned> = (start..start + BATCH as u64)
             .map(|index| generator.case(index))
