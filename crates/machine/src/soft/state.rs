@@ -24,6 +24,9 @@ const X87_AND_SSE: u8 = 3;
 const STI_SHADOW: u8 = 2;
 /// A processor in software counts nanoseconds unless a state says otherwise.
 const DEFAULT_KHZ: u32 = 1_000_000;
+/// As in KVM a counter that is less than a second from the first vCPU's follows that: they are restored
+/// one after the other, and the guest is told that they agree.
+const SYNCHRONIZED_NS: u64 = 1_000_000_000;
 
 /// MSRs of the core.
 mod core_msr {
@@ -142,7 +145,13 @@ pub(super) fn restore(
     } else {
         saved.tsc_khz
     };
-    let tsc = Tsc::new(khz, saved.tsc, now_ns);
+    let mut tsc = Tsc::new(khz, saved.tsc, now_ns);
+    let first = vcpu.shared.platform.tsc(0);
+    let apart = first.at(now_ns).abs_diff(saved.tsc);
+    if vcpu.index != 0 && first.khz() == khz && apart < SYNCHRONIZED_NS * u64::from(khz) / 1_000_000
+    {
+        tsc = first;
+    }
     restore_local_apic(vcpu, saved, tsc, now_ns)?;
     let state = &mut vcpu.processor.state;
     *state = mica_cpu::State::default();
