@@ -137,8 +137,11 @@ impl Frame<'_> {
         let mut ops = self.block.ops.iter();
         for op in ops.by_ref() {
             if self.dispatch(op).is_err() {
-                if let Some(stop) = self.stop {
-                    self.run_up_to(ops.as_slice(), stop);
+                // What has left the block may have asked for its end before that: a store that met code
+                // on its first page and a fault on its second.
+                match self.stop {
+                    Some(stop) if !self.left => self.run_up_to(ops.as_slice(), stop),
+                    _ => {}
                 }
                 return;
             }

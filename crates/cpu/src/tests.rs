@@ -1,5 +1,6 @@
 //! Small programs through translator, cache and interpreter.
 
+mod paging;
 mod smp;
 
 use iced_x86::code_asm::*;
