@@ -306,26 +306,3 @@ fn stores_and_loads_meet() {
     assert_eq!(guest.cpu.state.register(RAX), 0x0080_0000_0011_2233);
     assert_eq!(guest.cpu.state.register(RCX), 0xffff_ff80);
 }
-
-/// Run with `--release -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let mut guest = Guest::new(|a| {
-        let mut again = a.create_label();
-        a.mov(rbx, DATA).unwrap();
-        a.mov(rcx, -1i64 as u64).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.mov(rax, qword_ptr(rbx + 8)).unwrap();
-        a.add(rax, rcx).unwrap();
-        a.mov(qword_ptr(rbx + 8), rax).unwrap();
-        a.lea(rdx, qword_ptr(rax + rcx * 4 + 3)).unwrap();
-        a.shr(rdx, 3).unwrap();
-        a.sub(rcx, 1).unwrap();
-        a.test(rcx, rcx).unwrap();
-        a.jnz(again).unwrap();
-    });
-    let start = std::time::Instant::now();
-    run(&mut guest, 300_000_000);
-    println!("{:.0} M/s", 300.0 / start.elapsed().as_secs_f64());
-}
