@@ -139,16 +139,19 @@ impl Tlb {
         }
     }
 
-    /// The entry for a page, made free for it.
-    fn claim(&mut self, rights: Rights, page: u64) -> &mut Entry {
+    /// The entry for a page in a frame, made free for it. What is known of the page in another frame
+    /// goes: a guest may change an entry of its tables without telling, and has the old translation or
+    /// the new one then, but not the rights of one to the frame of the other.
+    fn claim(&mut self, rights: Rights, page: u64, physical: u64) -> &mut Entry {
         let index = page as usize % ENTRIES;
         let entry = &mut self.entries[rights as usize][index];
         let known = [entry.read, entry.write, entry.fetch];
         if known == [u64::MAX; 3] {
             self.used.push((rights as u8, index as u16));
-        } else if !known.contains(&page) {
+        } else if !known.contains(&page) || entry.physical != physical {
             *entry = EMPTY;
         }
+        entry.physical = physical;
         entry
     }
 }
@@ -233,8 +236,7 @@ impl Processor {
         let host = self.ram.host_page(physical).unwrap_or(std::ptr::null_mut());
         let watched = access == Access::Write && self.ram.is_watched(physical);
         self.tlb.has_large |= walk.large;
-        let entry = self.tlb.claim(rights, page);
-        entry.physical = physical;
+        let entry = self.tlb.claim(rights, page, physical);
         entry.host = host;
         entry.global = walk.global;
         // A page that may be fetched from may be closed to reading (SMAP).
