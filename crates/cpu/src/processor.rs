@@ -221,6 +221,7 @@ impl Processor {
             let resumed = self.state.flags & rflags::RF != 0;
             self.state.flags &= !rflags::RF;
             let ended = if self.has_breakpoints() {
+                self.see_watched(cache);
                 self.run_watched(env, resumed)
             } else {
                 self.run_row(env, cache, limit)

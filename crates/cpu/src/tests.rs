@@ -1,5 +1,6 @@
 //! Small programs through translator, cache and interpreter.
 
+mod dirty;
 mod paging;
 mod smp;
 
