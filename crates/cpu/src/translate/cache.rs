@@ -171,7 +171,10 @@ impl BlockCache {
             std::mem::take(&mut page.keys)
         };
         page.generation = generation;
-        page.keys.push(key);
+        // A block that was translated again, because a device wrote its page, is there already.
+        if !page.keys.contains(&key) {
+            page.keys.push(key);
+        }
         stale.iter().for_each(|key| self.remove(key));
     }
 
@@ -203,5 +206,36 @@ impl BlockCache {
             fresh
         });
         stale.iter().for_each(|key| self.remove(key));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a page knows of its blocks does not grow when they are translated again and again.
+    #[test]
+    fn a_block_is_known_once_to_its_pages() {
+        let key = Key {
+            physical: 2 * PAGE - 1,
+            rip: 0,
+            mode: Mode::Bits64,
+            rights: CodeRights {
+                user: false,
+                vectors: true,
+            },
+        };
+        let mut cache = BlockCache::default();
+        for generation in 0..100 {
+            let block = Block {
+                second: Some((2 * PAGE, generation / 2)),
+                ..Block::default()
+            };
+            cache.insert(key, block, 0);
+            for page in [1, 2] {
+                assert_eq!(cache.pages[&page].keys, [key], "page {page}");
+            }
+            assert_eq!(cache.blocks.len() - cache.free.len(), 1);
+        }
     }
 }
