@@ -131,14 +131,32 @@ fn code_that_rewrites_itself_is_seen() {
     assert_eq!(guest.cpu.state.register(RBX), 5050);
 }
 
+/// Any byte of a block: at once where the device tells, when the page is mapped again where not.
 #[test]
 fn code_that_a_device_rewrites_is_seen() {
-    let mut guest = Guest::new(|a| a.mov(eax, 5).unwrap());
-    run(&mut guest, 1);
-    guest.poke(CODE + 1, &[6]);
-    guest.cpu.state.rip = CODE;
-    run(&mut guest, 1);
-    assert_eq!(guest.cpu.state.register(RAX), 6);
+    let mut guest = Guest::new(|a| {
+        let mut start = a.create_label();
+        a.set_label(&mut start).unwrap();
+        a.mov(rax, 0x1122_3344_5566_7788_u64).unwrap();
+        a.xor(edx, 0x1122_3344).unwrap();
+        a.mov(ecx, 0x1122_3344).unwrap();
+        a.jmp(start).unwrap(); // a whole block
+    });
+    run(&mut guest, 4);
+    for (first, register, len) in [(CODE + 2, RAX, 8), (CODE + 17, RCX, 4)] {
+        for (byte, told) in (0..len).flat_map(|byte| [(byte, true), (byte, false)]) {
+            let value = 0xf0 + 2 * byte as u8 + u8::from(told);
+            if told {
+                guest.poke(first + byte, &[value]);
+            } else {
+                guest.cpu.ram.write(first + byte, &[value]);
+                guest.cpu.state_changed();
+            }
+            run(&mut guest, 4);
+            let now = guest.cpu.state.register(register) >> (8 * byte);
+            assert_eq!(now as u8, value, "byte {byte} of register {register}");
+        }
+    }
 }
 
 #[test]

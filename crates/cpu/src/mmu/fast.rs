@@ -103,8 +103,17 @@ impl Processor {
         if start + bytes.len() > PAGE as usize {
             return false;
         }
-        // SAFETY: bytes of one page of RAM.
-        let read = |at: usize| unsafe { memory::read(page.wrapping_add(start + at), 1) as u8 };
-        bytes.iter().enumerate().all(|(at, &byte)| read(at) == byte)
+        let here = page.wrapping_add(start);
+        let (words, rest) = bytes.as_chunks::<8>();
+        let rest_at = bytes.len() - rest.len();
+        words.iter().enumerate().all(|(index, word)| {
+            // SAFETY: bytes of one page of RAM.
+            let now = unsafe { memory::read(here.wrapping_add(8 * index), 8) };
+            now == u64::from_le_bytes(*word)
+        }) && rest.iter().enumerate().all(|(index, &byte)| {
+            // SAFETY: as above.
+            let now = unsafe { memory::read(here.wrapping_add(rest_at + index), 1) };
+            now == byte.into()
+        })
     }
 }
