@@ -69,13 +69,48 @@ const DROPPED: Entry = Entry {
     ..EMPTY
 };
 
+/// A span of linear addresses, both ends included; at first there is none in it.
+#[derive(Clone, Copy)]
+struct Span {
+    first: u64,
+    last: u64,
+}
+
+impl Default for Span {
+    fn default() -> Self {
+        Self {
+            first: u64::MAX,
+            last: 0,
+        }
+    }
+}
+
+impl Span {
+    const fn contains(&self, linear: u64) -> bool {
+        self.first <= linear && linear <= self.last
+    }
+
+    /// Takes in the page of `1 << shift` bytes that an address is in.
+    fn extend(&mut self, linear: u64, shift: u32) {
+        let inside = (1 << shift) - 1;
+        self.first = self.first.min(linear & !inside);
+        self.last = self.last.max(linear | inside);
+    }
+}
+
+/// Which half of the address space an address is in.
+const fn half(linear: u64) -> usize {
+    (linear >> 63) as usize
+}
+
 /// Cached translations: an array for each kind of rights.
 pub(crate) struct Tlb {
     entries: [Box<[Entry; ENTRIES]>; 3],
     /// The entries that are not empty, so that a flush does not visit the others.
     used: Vec<(u8, u16)>,
-    /// Whether one of them is part of a large page.
-    has_large: bool,
+    /// Where the large pages are of which they are parts, in each half of the address space: a kernel
+    /// has its in the upper half, and programs' small pages are in the lower.
+    large: [Span; 2],
     /// Count flushes: what was derived from translations is valid while it stays; the second is for
     /// what was derived from global pages.
     pub(crate) generation: u64,
@@ -91,7 +126,7 @@ impl Default for Tlb {
         Self {
             entries: [empty(), empty(), empty()],
             used: Vec::new(),
-            has_large: false,
+            large: [Span::default(); 2],
             generation: 0,
             global_generation: 0,
         }
@@ -106,7 +141,7 @@ impl Tlb {
         for (rights, index) in self.used.drain(..) {
             self.entries[usize::from(rights)][usize::from(index)] = EMPTY;
         }
-        self.has_large = false;
+        self.large = [Span::default(); 2];
     }
 
     /// Forgets all but global pages: MOV to CR3.
@@ -122,10 +157,10 @@ impl Tlb {
         });
     }
 
-    /// Forgets the page of a linear address: INVLPG. A large page may be in many entries, so all go
-    /// if there is one.
+    /// Forgets the page of a linear address: INVLPG. A large page may be in many entries, so all go if
+    /// it may be one.
     pub(crate) fn flush_page(&mut self, linear: u64) {
-        if self.has_large {
+        if self.large[half(linear)].contains(linear) {
             return self.flush();
         }
         self.generation += 1;
@@ -235,7 +270,9 @@ impl Processor {
         let physical = walk.physical & !(PAGE - 1);
         let host = self.ram.host_page(physical).unwrap_or(std::ptr::null_mut());
         let watched = access == Access::Write && self.ram.is_watched(physical);
-        self.tlb.has_large |= walk.large;
+        if walk.shift > PAGE_SHIFT {
+            self.tlb.large[half(linear)].extend(linear, walk.shift);
+        }
         let entry = self.tlb.claim(rights, page, physical);
         entry.host = host;
         entry.global = walk.global;

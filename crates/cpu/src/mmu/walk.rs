@@ -2,6 +2,7 @@
 
 use super::{Access, Rights};
 use crate::error::Exception;
+use crate::memory::PAGE_SHIFT;
 use crate::processor::Processor;
 
 /// Error code bits of a page fault (SDM volume 3, figure 4-12).
@@ -33,8 +34,8 @@ pub(super) struct Walk {
     pub(super) writable: bool,
     pub(super) executable: bool,
     pub(super) global: bool,
-    /// The page has 2 MiB or more (4 MiB with 32-bit paging).
-    pub(super) large: bool,
+    /// Log2 of the page's size: more than 12 for a large one.
+    pub(super) shift: u32,
 }
 
 /// What the control registers say about paging.
@@ -189,7 +190,7 @@ impl Processor {
                 writable: true,
                 executable: true,
                 global: false,
-                large: false,
+                shift: PAGE_SHIFT,
             });
         };
         let fail = |cause| Err(paging.fault(linear, access, user, cause));
@@ -229,7 +230,7 @@ impl Processor {
                 writable: paging.writable(&allowed, user),
                 executable: paging.executable(&allowed, user),
                 global: value & entry::GLOBAL != 0 && paging.global,
-                large: shift > 12,
+                shift,
             });
         }
         fail(0)

@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 
 use iced_x86::code_asm::*;
 
-use super::{RAX, RBX, run};
+use super::{RAX, RBX, RCX, RDX, run};
 use crate::processor::Stop;
 use crate::state::rflags::STATUS;
-use crate::testing::{DATA, Guest, Nothing};
+use crate::testing::{DATA, END, Guest, Nothing};
 
 /// The page table of [`Guest`].
 const TABLE: u64 = 0x4000;
@@ -48,6 +48,52 @@ fn a_fault_after_a_walk_through_code_leaves_the_state() {
     assert_eq!(guest.cpu.state.cr2, 0x40_0000);
     assert_eq!(guest.peek(DATA + 0xff8), u64::MAX);
     assert_eq!(guest.cpu.state.register(RAX), 1);
+}
+
+/// INVLPG of a small page leaves other translations in place; that of any part of a large page forgets
+/// all its parts.
+#[test]
+fn invlpg_forgets_small_pages_alone_and_large_ones_whole() {
+    const LARGE: u64 = 0x80;
+    let (small, other) = (0x10_0000_u64, 0x11_0000_u64);
+    let mut guest = Guest::new(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.invlpg(ptr(rcx)).unwrap();
+        for (register, address) in [(rax, small), (rbx, other), (rdx, END + DATA + 0x1000)] {
+            a.mov(register, address).unwrap();
+            a.mov(register, qword_ptr(register)).unwrap();
+        }
+        a.jmp(again).unwrap();
+    });
+    let seen = |guest: &mut Guest, invalidated: u64| {
+        guest.cpu.state.set_register(RCX, invalidated);
+        run(guest, 8);
+        [RAX, RBX, RDX].map(|register| guest.cpu.state.register(register))
+    };
+    let map = |guest: &mut Guest, frame: u64| {
+        for page in [small, other] {
+            guest.poke(TABLE + 8 * (page >> 12), &(frame | 3).to_le_bytes());
+        }
+    };
+    for frame in 4..=6u64 {
+        guest.poke(frame << 16, &frame.to_le_bytes());
+        guest.poke((frame << 16) + 0x1000, &frame.to_le_bytes());
+    }
+    // The first 2 MiB again.
+    guest.poke(DIRECTORY + 8, &(LARGE | 3).to_le_bytes());
+    map(&mut guest, 0x4_0000);
+    assert_eq!(seen(&mut guest, 0), [4, 4, 4]);
+    map(&mut guest, 0x5_0000);
+    assert_eq!(seen(&mut guest, small), [5, 4, 4]);
+    assert_eq!(seen(&mut guest, END - 0x1000), [5, 4, 4]);
+    assert_eq!(seen(&mut guest, 2 * END), [5, 4, 4]);
+    // Now of small pages.
+    guest.poke(DIRECTORY + 8, &(SECOND_TABLE | 3).to_le_bytes());
+    let part = SECOND_TABLE + 8 * ((DATA + 0x1000) >> 12);
+    guest.poke(part, &(0x6_0000_u64 | 3).to_le_bytes());
+    assert_eq!(seen(&mut guest, other), [5, 5, 4]);
+    assert_eq!(seen(&mut guest, 2 * END - 1), [5, 5, 6]);
 }
 
 /// A page table's entry is changed to another frame, without execution, and nobody says so. Code on the
