@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::cpu_profile::CpuidTable;
 use crate::memory::dirty::DirtySource;
-use state::{PlatformState, VcpuState};
+use state::{GeneralRegisters, PlatformState, VcpuState};
 pub(crate) use unknown_msrs::UnknownMsrs;
 
 /// Where a vCPU's accesses outside RAM go.
@@ -169,6 +169,19 @@ pub trait Vcpu: Send {
     ///
     /// The engine does not take part of the state; the vCPU must not run then.
     fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+
+    /// Sets the general registers with RIP and RFLAGS, and those in an XSAVE area as
+    /// [`VcpuState::xsave`] has them. The rest stays, and time goes on: what a debugger changes is no
+    /// state of another moment.
+    ///
+    /// # Errors
+    ///
+    /// The engine does not take the area, or refuses.
+    fn set_registers(
+        &mut self,
+        general: &GeneralRegisters,
+        xsave: &[u8],
+    ) -> Result<(), EngineError>;
 
     /// From the next run on, stops as a debugger wants; [`Vcpu::run`] returns [`Exit::Debug`] then.
     ///

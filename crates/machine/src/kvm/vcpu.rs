@@ -15,7 +15,7 @@ use super::run_page::RunPage;
 use super::vm::Vm;
 use super::{cpuid, debug, runtime, vcpu_state};
 use crate::cpu_profile::CpuidTable;
-use crate::engine::state::VcpuState;
+use crate::engine::state::{GeneralRegisters, VcpuState};
 use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, UnknownMsrs, Vcpu};
 
 /// What all vCPUs of a VM share.
@@ -240,6 +240,14 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         vcpu_state::restore(self, state, true)
+    }
+
+    fn set_registers(
+        &mut self,
+        general: &GeneralRegisters,
+        xsave: &[u8],
+    ) -> Result<(), EngineError> {
+        vcpu_state::set_registers(self, general, xsave)
     }
 
     fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {

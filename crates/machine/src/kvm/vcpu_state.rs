@@ -17,7 +17,8 @@ use super::msr;
 use super::vcpu::KvmVcpu;
 use crate::engine::EngineError;
 use crate::engine::state::{
-    DebugRegisters, Msr, PendingEvents, PendingException, PendingInterrupt, RunState, VcpuState,
+    DebugRegisters, GeneralRegisters, Msr, PendingEvents, PendingException, PendingInterrupt,
+    RunState, VcpuState,
 };
 
 /// How many MSRs go into one ioctl; the kernel takes 256.
@@ -103,6 +104,24 @@ pub(super) fn restore(
     fd.set_lapic(&lapic).map_err(error("KVM_SET_LAPIC"))?;
     vcpu.set_msrs(&state.msrs)?;
     fd.set_vcpu_events(&to_kvm_events(&state.events, vcpu))
+        .map_err(error("KVM_SET_VCPU_EVENTS"))
+}
+
+/// Sets the registers that a debugger may write. Pending events are read before and set again behind
+/// them, because setting registers drops them.
+pub(super) fn set_registers(
+    vcpu: &KvmVcpu,
+    general: &GeneralRegisters,
+    xsave: &[u8],
+) -> Result<(), EngineError> {
+    let fd = &vcpu.fd;
+    let error = |operation: &'static str| move |source| vcpu.error(operation, source);
+    let events = fd.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?;
+    let events = from_kvm_events(&events, vcpu.context.vm.exception_payload);
+    vcpu.set_xsave(xsave)?;
+    fd.set_regs(&convert::kvm_regs(general))
+        .map_err(error("KVM_SET_REGS"))?;
+    fd.set_vcpu_events(&to_kvm_events(&events, vcpu))
         .map_err(error("KVM_SET_VCPU_EVENTS"))
 }
 

@@ -17,6 +17,7 @@ use crate::engine::state::{
 
 /// The legacy region and the header of an XSAVE area.
 const XSAVE_LEN: usize = 576;
+const SHORT_XSAVE: &str = "its XSAVE area is too short";
 /// Where the header says which components are not in their initial state.
 const XSTATE_BV: usize = 512;
 const X87_AND_SSE: u8 = 3;
@@ -159,9 +160,7 @@ pub(super) fn restore(
     restore_special(state, &saved.special);
     let [d0, d1, d2, d3] = saved.debug.addresses;
     state.dr = [d0, d1, d2, d3, saved.debug.dr6, saved.debug.dr7];
-    if let Some(image) = saved.xsave.first_chunk::<512>() {
-        state.fx = FxState::from_image(image);
-    }
+    restore_xsave(state, &saved.xsave);
     state.shadow = saved.events.shadow != 0;
     state.nmi_blocked = saved.events.nmi_masked;
     state.halted = saved.run_state == RunState::Halted;
@@ -180,6 +179,22 @@ pub(super) fn restore(
     Ok(())
 }
 
+/// Sets the registers that a debugger may write.
+pub(super) fn set_registers(
+    vcpu: &mut SoftVcpu,
+    general: &GeneralRegisters,
+    xsave: &[u8],
+) -> Result<(), EngineError> {
+    if xsave.len() < XSAVE_LEN {
+        return Err(vcpu.refuse(SHORT_XSAVE.to_owned()));
+    }
+    let state = &mut vcpu.processor.state;
+    restore_general(state, general);
+    restore_xsave(state, xsave);
+    vcpu.processor.state_changed();
+    Ok(())
+}
+
 /// Refuses what a processor in software cannot go on from.
 fn check(vcpu: &SoftVcpu, saved: &VcpuState) -> Result<(), EngineError> {
     let events = &saved.events;
@@ -192,7 +207,7 @@ fn check(vcpu: &SoftVcpu, saved: &VcpuState) -> Result<(), EngineError> {
     } else if events.smm || events.smi_pending {
         "it is in system management mode"
     } else if saved.xsave.len() < XSAVE_LEN {
-        "its XSAVE area is too short"
+        SHORT_XSAVE
     } else if saved.xcr0 & !1 != 0 {
         "it has more state than x87 and SSE"
     } else {
@@ -325,6 +340,12 @@ fn restore_general(state: &mut mica_cpu::State, general: &GeneralRegisters) {
     }
     state.rip = g.rip;
     state.set_rflags(g.rflags);
+}
+
+fn restore_xsave(state: &mut mica_cpu::State, xsave: &[u8]) {
+    if let Some(image) = xsave.first_chunk::<512>() {
+        state.fx = FxState::from_image(image);
+    }
 }
 
 fn from_core(segment: &mica_cpu::Segment) -> Segment {

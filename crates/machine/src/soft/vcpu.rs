@@ -14,7 +14,7 @@ use super::state;
 use super::time;
 use super::waker::Waker;
 use crate::cpu_profile::CpuidTable;
-use crate::engine::state::{RunState, VcpuState};
+use crate::engine::state::{GeneralRegisters, RunState, VcpuState};
 use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, Vcpu};
 
 /// Instructions between two looks at what nobody announces; every announcement ends a run early.
@@ -216,6 +216,14 @@ impl Vcpu for SoftVcpu {
 
     fn restore(&mut self, saved: &VcpuState) -> Result<(), EngineError> {
         state::restore(self, saved, time::now_ns())
+    }
+
+    fn set_registers(
+        &mut self,
+        general: &GeneralRegisters,
+        xsave: &[u8],
+    ) -> Result<(), EngineError> {
+        state::set_registers(self, general, xsave)
     }
 
     fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {

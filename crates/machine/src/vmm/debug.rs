@@ -34,6 +34,7 @@ pub(super) enum DebugCommand {
         breakpoints: Vec<u64>,
     },
     Registers(usize),
+    /// Those that [`crate::engine::Vcpu::set_registers`] sets.
     SetRegisters(usize, Box<VcpuState>),
     /// Bytes at a linear address, as far as they are mapped to RAM.
     Read {
@@ -129,7 +130,9 @@ impl Debugger {
                 return Ok(DebugReply::Registers(Box::new(state)));
             }
             DebugCommand::SetRegisters(vcpu, state) => {
-                with_vcpu(machine, vcpu, |vcpu| vcpu.restore(&state))?;
+                with_vcpu(machine, vcpu, |vcpu| {
+                    vcpu.set_registers(&state.general, &state.xsave)
+                })?;
             }
             DebugCommand::Read { vcpu, address, len } => {
                 return read(machine, vcpu, address, len).map(DebugReply::Bytes);

@@ -38,6 +38,10 @@ const LOOK: Timespec = Timespec {
 /// Where x87 registers and XMM registers are in an XSAVE area.
 const ST: usize = 32;
 const XMM: usize = 160;
+/// Where its header says which components are not in their initial state, and which bit SSE has there
+/// (SDM volume 1, 13.4.2).
+const XSTATE_BV: usize = 512;
+const SSE: u8 = 1 << 1;
 
 /// Starts the thread that serves debuggers, which is up when this returns and serves when the returned
 /// sender is dropped or used.
@@ -367,6 +371,10 @@ fn from_gdb(regs: &X86_64CoreRegs, state: &mut VcpuState) {
     }
     g.rip = regs.rip;
     g.rflags = regs.eflags.into();
+    // Registers in their initial state are not looked at otherwise.
+    if let Some(components) = state.xsave.get_mut(XSTATE_BV) {
+        *components |= SSE;
+    }
     for (index, register) in regs.xmm.iter().enumerate() {
         let at = XMM + 16 * index;
         if let Some(bytes) = state.xsave.get_mut(at..at + 16) {

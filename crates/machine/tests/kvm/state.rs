@@ -1,8 +1,13 @@
 //! The state of a micro-guest goes out and comes back bit for bit, and the guest goes on with it.
 
+use std::time::Duration;
+
+use mica_base::units::Bytes;
+use mica_machine::cpu_profile::CpuProfile;
 use mica_machine::engine::Exit;
 use mica_machine::engine::state::{ClockState, Msr, PlatformState, RunState, VcpuState};
 use mica_machine::layout;
+use mica_machine::memory::{self, MemoryOptions};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::micro::*;
@@ -148,6 +153,41 @@ fn a_guest_goes_on_after_its_own_state_is_put_back() {
     assert_eq!(guest.run(), expected_traces());
 }
 
+/// What a debugger writes is set, and nothing else: the clock goes on meanwhile.
+#[test]
+fn registers_are_set_alone() {
+    let Some(mut guest) = Guest::new(&busy_code()) else {
+        return;
+    };
+    guest.run();
+    let before = guest.vcpu.save().unwrap();
+    let mut general = before.general;
+    general.rbx = 0x1357_9bdf;
+    general.rip += 1; // past XCHG EAX, EBX
+    general.rax = 0x0246_8ace;
+    let mut xsave = before.xsave.clone();
+    xsave[160 + 48..][..4].copy_from_slice(&0x8642_0eca_u32.to_le_bytes());
+    // The debugger's user thinks.
+    std::thread::sleep(Duration::from_millis(20));
+    let later = guest.vcpu.save().unwrap().tsc;
+    guest.vcpu.set_registers(&general, &xsave).unwrap();
+    let after = guest.vcpu.save().unwrap();
+    assert!(after.tsc >= later, "{} after {later}", after.tsc);
+    let expected = VcpuState {
+        general,
+        xsave,
+        tsc: after.tsc,
+        ..before
+    };
+    assert_eq!(after, expected);
+    let mut traces = expected_traces();
+    traces[0] = Access::PortWrite(0x80, 0x0246_8ace_u32.to_le_bytes().to_vec());
+    traces[1] = Access::PortWrite(0x81, 0x8642_0eca_u32.to_le_bytes().to_vec());
+    assert_eq!(guest.run(), traces);
+    let error = guest.vcpu.set_registers(&general, &[0; 100]).unwrap_err();
+    assert!(error.operation.contains("vCPU 0"), "{error}");
+}
+
 #[test]
 fn a_port_read_is_finished_before_a_state_is_taken() {
     // The kick comes while the access is served.
@@ -200,10 +240,6 @@ fn an_impossible_state_is_refused() {
 
 #[test]
 fn application_processors_wait() {
-    use mica_base::units::Bytes;
-    use mica_machine::cpu_profile::CpuProfile;
-    use mica_machine::memory;
-
     let memory = memory::allocate(Bytes::mib(2), &Default::default()).unwrap();
     let Some(engine) = crate::make_engine(&memory, 3, CpuProfile::Host) else {
         return;
