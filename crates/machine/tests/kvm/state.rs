@@ -188,6 +188,36 @@ fn registers_are_set_alone() {
     assert!(error.operation.contains("vCPU 0"), "{error}");
 }
 
+/// As a machine does at its boot, and with time between the vCPUs.
+#[test]
+fn time_stamp_counters_agree_after_restores() {
+    const VCPUS: u32 = 4;
+    for apart in [Duration::ZERO, Duration::from_millis(5)] {
+        let memory = memory::allocate(Bytes::mib(2), &MemoryOptions::default()).unwrap();
+        let Some(engine) = crate::make_engine(&memory, VCPUS, CpuProfile::Host) else {
+            return;
+        };
+        let engine = engine.unwrap();
+        let mut vcpus: Vec<_> = (0..VCPUS)
+            .map(|index| engine.create_vcpu(index).unwrap())
+            .collect();
+        for vcpu in &mut vcpus {
+            let mut state = vcpu.save().unwrap();
+            state.set_up_as_firmware();
+            std::thread::sleep(apart);
+            vcpu.restore(&state).unwrap();
+        }
+        let mut read = |index: usize| vcpus[index].save().unwrap().tsc;
+        for index in 1..VCPUS as usize {
+            let (before, now, after) = (read(0), read(index), read(0));
+            assert!(
+                (before..=after).contains(&now),
+                "vCPU {index}, {apart:?} apart: {now} is not in {before}..={after}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_port_read_is_finished_before_a_state_is_taken() {
     // The kick comes while the access is served.
