@@ -18,8 +18,7 @@ use mica_machine::engine::{Engine, EngineError};
 use mica_machine::memory::GuestMemory;
 use mica_machine::soft::{SoftConfig, SoftEngine};
 
-/// The engine under test, which is there on every host.
-#[allow(clippy::unnecessary_wraps)] // as the KVM engine's, which may be missing
+/// The engine under test, which is there on every host, where that of KVM may be missing.
 fn make_engine(
     memory: &GuestMemory,
     vcpus: u32,
