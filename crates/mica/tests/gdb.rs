@@ -9,7 +9,8 @@ mod images;
 #[path = "support/place.rs"]
 mod place;
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -163,6 +164,53 @@ fn no_file_is_replaced_by_the_socket() {
     assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
 }
 
+/// Runs `mica` with these arguments; says whether it succeeded, and what it printed.
+fn mica(place: &Place, arguments: &str) -> (bool, String) {
+    let output = place.command(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+/// Waits until the machine is `running` or `paused`.
+fn wait_until(place: &Place, wanted: &str) {
+    let deadline = Instant::now() + STEP;
+    loop {
+        let (_, state) = mica(place, "-o json vm state tiny");
+        if state.contains(&format!("\"{wanted}\"")) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not {wanted}: {state}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Whoever controls the machine otherwise does not start what a debugger has stopped.
+#[test]
+fn a_debugger_keeps_what_it_holds() {
+    let place = Place::new();
+    let mut vm = start(&place, "");
+    vm.expect(TINY, BOOT);
+    let socket = place.path().join("run/gdb.sock");
+    let debugger = UnixStream::connect(&socket).unwrap();
+    wait_until(&place, "paused");
+    let (resumed, text) = mica(&place, "vm resume tiny");
+    assert!(!resumed && text.contains("a debugger holds"), "{text}");
+    assert!(mica(&place, "vm reset tiny").0);
+    wait_until(&place, "paused");
+    drop(debugger);
+    wait_until(&place, "running");
+    vm.expect(TINY, BOOT);
+    // Now it is the user's again.
+    assert!(mica(&place, "vm pause tiny").0);
+    wait_until(&place, "paused");
+    let (resumed, text) = mica(&place, "vm resume tiny");
+    assert!(resumed, "{text}");
+    wait_until(&place, "running");
+    vm.send("\x1dq");
+    assert_eq!(vm.wait(STEP).code(), Some(3));
+}
+
 /// Bytes that are no protocol, and a debugger that vanishes, leave a running guest.
 #[test]
 fn a_bad_debugger_does_no_harm() {
@@ -181,7 +229,12 @@ fn a_bad_debugger_does_no_harm() {
         let mut stream = UnixStream::connect(socket).unwrap();
         // The other end may hang up first.
         let _ = stream.write_all(bytes);
-        std::thread::sleep(Duration::from_millis(200));
+        let _ = stream.shutdown(Shutdown::Write);
+        stream.set_read_timeout(Some(STEP)).unwrap();
+        match stream.read_to_end(&mut Vec::new()) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+        }
     }
     let text = gdb(&place, &["info registers rip", "detach"]);
     assert!(text.contains("rip "), "{text}");

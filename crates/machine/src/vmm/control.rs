@@ -163,6 +163,8 @@ pub enum ErrorCode {
     TooLong,
     /// The machine has no such device.
     NoDevice,
+    /// A debugger holds the machine.
+    Held,
     /// Tried and failed.
     Failed,
 }

@@ -61,19 +61,29 @@ pub(super) enum DebugReply {
 #[derive(Default)]
 pub(super) struct Debugger {
     stops: Option<Sender<usize>>,
+    /// It has stopped the machine, or was told of a stop, and has not let it go on since.
+    holds: bool,
 }
 
 impl Debugger {
+    /// Whether it is the debugger that says when the machine goes on.
+    pub(super) fn holds(&self) -> bool {
+        self.holds
+    }
+
     /// A vCPU has stopped at a breakpoint or after a step: the others stop, too. Without a debugger all
     /// go on.
     pub(super) fn stopped(
-        &self,
+        &mut self,
         machine: &mut Machine,
         vcpu: usize,
     ) -> Result<(), super::machine::MachineError> {
         machine.pause()?;
         match &self.stops {
-            Some(stops) if stops.send(vcpu).is_ok() => Ok(()),
+            Some(stops) if stops.send(vcpu).is_ok() => {
+                self.holds = true;
+                Ok(())
+            }
             _ => machine.resume(),
         }
     }
@@ -103,14 +113,19 @@ impl Debugger {
             DebugCommand::Attach(stops) => {
                 self.stops = Some(stops);
                 machine.pause().map_err(text)?;
+                self.holds = true;
             }
             DebugCommand::Detach => {
                 self.stops = None;
+                self.holds = false;
                 machine.pause().map_err(text)?;
                 set_debug(machine, None, &[])?;
                 machine.resume().map_err(text)?;
             }
-            DebugCommand::Stop => machine.pause().map_err(text)?,
+            DebugCommand::Stop => {
+                machine.pause().map_err(text)?;
+                self.holds = true;
+            }
             DebugCommand::Resume {
                 step,
                 only,
@@ -119,6 +134,7 @@ impl Debugger {
                 machine.pause().map_err(text)?;
                 set_debug(machine, step, &breakpoints)?;
                 machine.resume_some(only).map_err(text)?;
+                self.holds = false;
             }
             DebugCommand::Registers(vcpu) => {
                 let mut state = None;

@@ -159,8 +159,10 @@ impl Operator {
                         notice => self.act_on(notice),
                     });
                 self.event(booted.into());
-                self.machine.run();
-                self.event(VmEvent::Running);
+                if !self.debugger.holds() {
+                    self.machine.run();
+                    self.event(VmEvent::Running);
+                }
             }
             Err(error) => self.finish(Err(error.into())),
         }
@@ -239,6 +241,10 @@ impl Operator {
                     self.machine.pause().map_err(failed)?;
                     self.event(VmEvent::Paused);
                 }
+            }
+            Command::Resume if self.debugger.holds() => {
+                let message = "a debugger holds the machine: let it continue or detach there";
+                return Err((ErrorCode::Held, message.to_owned()));
             }
             Command::Resume => {
                 if !self.machine.is_running() {
