@@ -78,6 +78,24 @@ impl Processor {
         native::integer(mnemonic_of(mnemonic), self.vector_slot_mut(to), &source);
     }
 
+    /// Changes a register by another one and MXCSR, if that raises nothing.
+    #[inline(always)]
+    fn change_vector(
+        &mut self,
+        to: u8,
+        from: u8,
+        change: impl Fn(&mut [u8; 16], &[u8; 16], &mut u32),
+    ) -> Result<(), Exception> {
+        let (source, target) = (*self.vector_slot(from), *self.vector_slot(to));
+        let result = self.float(|csr| {
+            let mut result = target;
+            change(&mut result, &source, csr);
+            result
+        })?;
+        *self.vector_slot_mut(to) = result;
+        Ok(())
+    }
+
     pub(crate) fn vector_float(
         &mut self,
         mnemonic: i64,
@@ -85,14 +103,9 @@ impl Processor {
         from: u8,
     ) -> Result<(), Exception> {
         let mnemonic = mnemonic_of(mnemonic);
-        let (source, target) = (*self.vector_slot(from), *self.vector_slot(to));
-        let result = self.float(|csr| {
-            let mut result = target;
-            native::float(mnemonic, &mut result, &source, csr);
-            result
-        })?;
-        *self.vector_slot_mut(to) = result;
-        Ok(())
+        self.change_vector(to, from, |target, source, csr| {
+            native::float(mnemonic, target, source, csr);
+        })
     }
 
     pub(crate) fn vector_immediate(
@@ -103,15 +116,10 @@ impl Processor {
         from: u8,
     ) -> Result<(), Exception> {
         let mnemonic = mnemonic_of(mnemonic);
-        let (source, target) = (*self.vector_slot(from), *self.vector_slot(to));
-        let result = self.float(|csr| {
-            let mut result = target;
+        self.change_vector(to, from, |target, source, csr| {
             let mut beside = native::Beside::default();
-            native::immediate(mnemonic, immediate, &mut result, &source, csr, &mut beside);
-            result
-        })?;
-        *self.vector_slot_mut(to) = result;
-        Ok(())
+            native::immediate(mnemonic, immediate, target, source, csr, &mut beside);
+        })
     }
 
     pub(crate) fn vector_compare(
