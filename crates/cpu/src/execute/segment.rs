@@ -23,29 +23,29 @@ impl Processor {
             return None;
         }
         let name = segment_name(instruction.op_register(operand))?;
-        let selector = self.state.segment(name).selector.into();
+        let selector = self.state.segment(name).selector;
         let done = if operand == 1 {
             self.store_selector(env, instruction, selector)
         } else {
             let size = instruction.stack_pointer_increment().unsigned_abs();
-            self.push(env, size as u8, selector)
+            self.push(env, size as u8, selector.into())
         };
         Some(done.map(|()| Flow::Next))
     }
 
     /// A register takes the selector zero-extended to the operand size, memory 16 bits whatever that
     /// size is.
-    fn store_selector(
+    pub(crate) fn store_selector(
         &mut self,
         env: &dyn Environment,
         instruction: &Instruction,
-        selector: u64,
+        selector: u16,
     ) -> Result<(), Exception> {
         if instruction.op_kind(0) == OpKind::Register {
-            self.write_register(instruction.op_register(0), selector);
+            self.write_register(instruction.op_register(0), selector.into());
             return Ok(());
         }
         let linear = self.operand_address(instruction, 2, Access::Write)?;
-        self.store(env, linear, 2, selector)
+        self.store(env, linear, 2, selector.into())
     }
 }

@@ -1,6 +1,6 @@
-//! Loads of segment registers: MOV to one, POP of one, LDS and its kin, SWAPGS's relatives.
+//! Loads of segment registers: MOV to one, POP of one, LDS and its kin; and the bases of FS and GS.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::cr4;
 use super::descriptor::{index_of, is_null, rpl};
@@ -47,13 +47,8 @@ impl Processor {
         if name == SegmentName::Cs {
             return Err(Exception::ud());
         }
-        let selector = if instruction.op_kind(1) == OpKind::Memory {
-            let linear = self.operand_address(instruction, 2, Access::Read)?;
-            self.load(env, linear, 2)?
-        } else {
-            self.read_register(instruction.op_register(1))
-        };
-        self.load_segment(env, name, selector as u16)?;
+        let selector = self.selector_operand(env, instruction, 1)?;
+        self.load_segment(env, name, selector)?;
         self.state.shadow = name == SegmentName::Ss;
         Ok(Flow::Next)
     }
@@ -219,14 +214,5 @@ impl Processor {
             ..*self.state.segment(name)
         };
         self.state.set_segment(name, segment);
-    }
-}
-
-/// Whether a far pointer's memory operand has an offset of 2, 4 or 8 bytes.
-pub(super) fn far_offset_size(code: Code) -> u8 {
-    match code {
-        Code::Jmp_m1616 | Code::Call_m1616 | Code::Jmp_ptr1616 | Code::Call_ptr1616 => 2,
-        Code::Jmp_m1664 | Code::Call_m1664 => 8,
-        _ => 4,
     }
 }

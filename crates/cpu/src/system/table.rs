@@ -79,11 +79,11 @@ impl Processor {
             Mnemonic::Sidt => self.state.idt,
             Mnemonic::Sldt => {
                 let selector = self.state.ldt.selector;
-                return self.store_system_selector(env, instruction, selector);
+                return self.store_selector(env, instruction, selector);
             }
             Mnemonic::Str => {
                 let selector = self.state.tr.selector;
-                return self.store_system_selector(env, instruction, selector);
+                return self.store_selector(env, instruction, selector);
             }
             _ => return self.store_status_word(env, instruction),
         };
@@ -99,22 +99,8 @@ impl Processor {
         self.store_bytes(env, linear, &image[..bytes as usize])
     }
 
-    fn store_system_selector(
-        &mut self,
-        env: &dyn Environment,
-        instruction: &Instruction,
-        selector: u16,
-    ) -> Result<(), Exception> {
-        if instruction.op_kind(0) == OpKind::Register {
-            self.write_register(instruction.op_register(0), selector.into());
-            return Ok(());
-        }
-        let linear = self.operand_address(instruction, 2, Access::Write)?;
-        self.store(env, linear, 2, selector.into())
-    }
-
     /// A selector operand: 16 bits of a register or of memory.
-    fn selector_operand(
+    pub(super) fn selector_operand(
         &mut self,
         env: &dyn Environment,
         instruction: &Instruction,

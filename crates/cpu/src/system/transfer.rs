@@ -1,9 +1,8 @@
 //! Far JMP and far CALL (SDM volume 2, JMP and CALL; volume 3, 5.8).
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::descriptor::{Descriptor, index_of, is_null, kind, rpl};
-use super::segment::far_offset_size;
 use super::task::Entry;
 use crate::error::{Exception, Vector};
 use crate::mmu::Access;
@@ -193,5 +192,14 @@ impl Processor {
             }
             _ => Err(refuse),
         }
+    }
+}
+
+/// Bytes of the offset in a far pointer: 2, 4 or 8.
+fn far_offset_size(code: Code) -> u8 {
+    match code {
+        Code::Jmp_m1616 | Code::Call_m1616 | Code::Jmp_ptr1616 | Code::Call_ptr1616 => 2,
+        Code::Jmp_m1664 | Code::Call_m1664 => 8,
+        _ => 4,
     }
 }
