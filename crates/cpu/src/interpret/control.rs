@@ -8,6 +8,7 @@ use super::{Exit, Frame, Step};
 use crate::error::Exception;
 use crate::flags::{Condition, Kind, mask};
 use crate::microop::MicroOp;
+use crate::mmu::access::is_canonical;
 use crate::processor::Flow;
 use crate::state::{Mode, slot};
 
@@ -39,7 +40,7 @@ impl Frame<'_> {
     /// #GP for a target that no RIP can have.
     #[inline(always)]
     fn check_target(&mut self, op: &MicroOp, target: u64) -> Step {
-        if (target as i64) << 16 >> 16 == target as i64 {
+        if is_canonical(target) {
             return Ok(());
         }
         self.fault(op, Exception::gp(0))

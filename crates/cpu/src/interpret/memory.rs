@@ -6,6 +6,7 @@ use super::arithmetic::signed;
 use super::{Exit, Frame, Step};
 use crate::error::{Exception, Vector};
 use crate::microop::{MicroOp, Op, STACK};
+use crate::mmu::access::is_canonical;
 
 const RSP: u8 = 4;
 
@@ -20,8 +21,7 @@ impl Frame<'_> {
 
     /// Checks that the operand's address is canonical. The TLB knows no others.
     pub(super) fn canonical(&self, op: &MicroOp, linear: u64, size: u8) -> Result<(), Exception> {
-        let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
-        if canonical(linear) && canonical(linear.wrapping_add(u64::from(size) - 1)) {
+        if is_canonical(linear) && is_canonical(linear.wrapping_add(u64::from(size) - 1)) {
             return Ok(());
         }
         let implied = matches!(

@@ -295,6 +295,15 @@ impl Processor {
         Ok(())
     }
 
+    /// The base that addresses in a segment have.
+    pub(crate) fn base_of(&self, name: SegmentName) -> u64 {
+        match name {
+            SegmentName::Fs | SegmentName::Gs => self.state.segment(name).base,
+            _ if self.state.mode() == Mode::Bits64 => 0,
+            _ => self.state.segment(name).base,
+        }
+    }
+
     /// The linear address of `size` bytes at an offset in a segment, checked against what the
     /// segment allows (SDM volume 3, 5.3) or, in 64-bit mode, for canonical form.
     pub(crate) fn linear(
@@ -307,11 +316,7 @@ impl Processor {
         let segment = self.state.segment(name);
         let last = size.saturating_sub(1);
         let linear = if self.state.mode() == Mode::Bits64 {
-            let base = match name {
-                SegmentName::Fs | SegmentName::Gs => segment.base,
-                _ => 0,
-            };
-            let linear = base.wrapping_add(offset);
+            let linear = self.base_of(name).wrapping_add(offset);
             (is_canonical(linear) && is_canonical(linear.wrapping_add(last))).then_some(linear)
         } else {
             let protected = self.state.cr0 & 1 != 0 && self.state.flags & rflags::VM == 0;
@@ -331,6 +336,7 @@ impl Processor {
 }
 
 /// Bits 47 to 63 are alike.
+#[inline(always)]
 pub(crate) const fn is_canonical(address: u64) -> bool {
     (address as i64) << 16 >> 16 == address as i64
 }

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{cr0, cr4, efer};
 use crate::error::Exception;
-use crate::execute::operand::{operand_size, segment_name};
+use crate::execute::operand::operand_size;
 use crate::mmu::Access;
 use crate::mmu::access::is_canonical;
 use crate::processor::{Environment, Executed, Flow, Processor};
@@ -202,9 +202,8 @@ impl Processor {
 
     /// The bits of CR4 that the CPUID tables allow.
     fn cr4_valid(&self, env: &dyn Environment) -> u64 {
-        let [_, _, _, basic] = env.cpuid(1, 0);
+        let [_, _, basic_c, basic] = env.cpuid(1, 0);
         let [_, extended, extended_c, _] = env.cpuid(7, 0);
-        let basic_c = env.cpuid(1, 0)[2];
         let has = |word: u32, bit: u32, mask: u64| if word >> bit & 1 != 0 { mask } else { 0 };
         has(basic, 4, cr4::TSD)
             | has(basic, 2, cr4::DE)
@@ -246,16 +245,8 @@ impl Processor {
         }
         self.require_supervisor()?;
         // An address that is not canonical has no translation; segment limits are not checked.
-        let name = segment_name(instruction.memory_segment()).unwrap_or(SegmentName::Ds);
-        let counts =
-            self.state.mode() != Mode::Bits64 || matches!(name, SegmentName::Fs | SegmentName::Gs);
-        let base = if counts {
-            self.state.segment(name).base
-        } else {
-            0
-        };
-        let linear = base.wrapping_add(self.effective_address(instruction));
-        let linear = self.wrap_linear(linear);
+        let base = self.base_of(self.operand_segment(instruction));
+        let linear = self.wrap_linear(base.wrapping_add(self.effective_address(instruction)));
         self.tlb.flush_page(linear);
         Ok(())
     }
