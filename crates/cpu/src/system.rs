@@ -31,6 +31,14 @@ use crate::state::{Segment, SegmentName, rflags};
 pub(crate) use debug::Hits;
 pub(crate) use deliver::TripleFault;
 
+/// The registers of data segments but for SS, in the order in which IRET pops them.
+const DATA_SEGMENTS: [SegmentName; 4] = [
+    SegmentName::Es,
+    SegmentName::Ds,
+    SegmentName::Fs,
+    SegmentName::Gs,
+];
+
 /// Bits of CR0.
 mod cr0 {
     pub(super) const PE: u64 = 1 << 0;

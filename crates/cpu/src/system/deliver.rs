@@ -2,6 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::DATA_SEGMENTS;
 use super::descriptor::{Descriptor, index_of, is_null, kind};
 use super::stack::Stack;
 use crate::error::{Exception, Vector};
@@ -355,12 +356,7 @@ impl Processor {
             count += 1;
         };
         if from_8086 {
-            for name in [
-                SegmentName::Gs,
-                SegmentName::Fs,
-                SegmentName::Ds,
-                SegmentName::Es,
-            ] {
+            for name in DATA_SEGMENTS.into_iter().rev() {
                 add(selector(self, name));
             }
         }
@@ -374,12 +370,7 @@ impl Processor {
         let frame = &values[..count];
         self.push_frame(env, &mut stack, target.size, frame, event.error_code)?;
         if from_8086 {
-            for name in [
-                SegmentName::Gs,
-                SegmentName::Fs,
-                SegmentName::Ds,
-                SegmentName::Es,
-            ] {
+            for name in DATA_SEGMENTS {
                 let segment = self.null_segment(name, 0);
                 self.state.set_segment(name, segment);
             }

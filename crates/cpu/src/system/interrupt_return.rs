@@ -2,6 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::DATA_SEGMENTS;
 use super::descriptor::{index_of, is_null, rpl};
 use super::stack::Stack;
 use crate::error::{Exception, Vector};
@@ -84,15 +85,9 @@ impl Processor {
         }
         let [pointer, selectors @ ..] = values;
         self.state.set_rflags(frame.flags & 0x3f_ffff);
-        let names = [
-            SegmentName::Ss,
-            SegmentName::Es,
-            SegmentName::Ds,
-            SegmentName::Fs,
-            SegmentName::Gs,
-        ];
+        let names = [SegmentName::Ss].into_iter().chain(DATA_SEGMENTS);
         let code = (SegmentName::Cs, u64::from(frame.code));
-        for (name, selector) in names.into_iter().zip(selectors).chain([code]) {
+        for (name, selector) in names.zip(selectors).chain([code]) {
             let segment = self.real_segment(name, selector as u16);
             self.state.set_segment(name, segment);
         }
@@ -209,12 +204,7 @@ impl Processor {
 
     /// After a return to an outer level: data segments that it may not access become null.
     pub(super) fn drop_inner_segments(&mut self, cpl: u8) {
-        for name in [
-            SegmentName::Es,
-            SegmentName::Ds,
-            SegmentName::Fs,
-            SegmentName::Gs,
-        ] {
+        for name in DATA_SEGMENTS {
             let segment = *self.state.segment(name);
             let usable = segment.attributes & Segment::UNUSABLE == 0;
             let conforming = segment.attributes & 0xc == 0xc;
