@@ -206,7 +206,7 @@ impl Ram {
 
     /// A page was written, by a processor or anybody else: translated code of it is out of date, and
     /// the dirty log has it.
-    pub fn written(&self, address: u64) {
+    pub(crate) fn written(&self, address: u64) {
         let Some((page, generation)) = self.page(address) else {
             return;
         };
