@@ -12,7 +12,7 @@ use xtask::error::{self, Error, Result};
 use xtask::lab::initramfs::Archive;
 use xtask::workspace;
 
-use super::peers::{Vmm, build_guest, build_mica, vmm};
+use super::peers::{Vmm, mica_and_guest, vmm};
 use super::process::Running;
 use super::workloads::{WORKLOADS, is_there};
 use super::{Arguments, Row, Sample, summarise};
@@ -29,11 +29,7 @@ const MEMORY: &str = "192M";
 
 pub(super) fn run(arguments: &Arguments) -> Result<Vec<Row>> {
     let scratch = tempfile::tempdir().map_err(Error::io("create a temporary directory"))?;
-    let mica = build_mica()?;
-    let guest = match &arguments.guest {
-        Some(guest) => guest.clone(),
-        None => build_guest(&mica)?,
-    };
+    let (mica, guest) = mica_and_guest(arguments)?;
     let initrd = scratch.path().join("initrd");
     write_initrd(&guest.join("initrd"), &build_payload()?, &initrd)?;
     let kernel = guest.join("vmlinux");

@@ -54,11 +54,7 @@ impl Vmm {
 /// Runs the lab side of `bench` and returns its samples.
 pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<Sample>> {
     let scratch = tempfile::tempdir().map_err(Error::io("create a temporary directory"))?;
-    let mica = build_mica()?;
-    let guest = match &arguments.guest {
-        Some(guest) => guest.clone(),
-        None => build_guest(&mica)?,
-    };
+    let (mica, guest) = mica_and_guest(arguments)?;
     let command_line = command_line(&guest)?;
     let mut vmms = microvms(&command_line);
     if !arguments.peers_only {
@@ -102,7 +98,17 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
         .collect()
 }
 
-pub(super) fn build_mica() -> Result<PathBuf> {
+/// Mica, built for speed, and the folder of the guest that is asked for: the tiny image, if none is.
+pub(super) fn mica_and_guest(arguments: &Arguments) -> Result<(PathBuf, PathBuf)> {
+    let mica = build_mica()?;
+    let guest = match &arguments.guest {
+        Some(guest) => guest.clone(),
+        None => build_guest(&mica)?,
+    };
+    Ok((mica, guest))
+}
+
+fn build_mica() -> Result<PathBuf> {
     error::run(
         Command::new(env!("CARGO"))
             .current_dir(workspace::root())
@@ -112,7 +118,7 @@ pub(super) fn build_mica() -> Result<PathBuf> {
     Ok(workspace::binary("mica", "release"))
 }
 
-pub(super) fn build_guest(mica: &Path) -> Result<PathBuf> {
+fn build_guest(mica: &Path) -> Result<PathBuf> {
     let home = workspace::target_directory().join("demo");
     error::run(
         Command::new(mica)
