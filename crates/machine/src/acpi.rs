@@ -12,15 +12,12 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::engine::MAX_VCPUS;
 use crate::layout;
 use crate::memory::GuestMemory;
 
 mod dsdt;
 mod tables;
-
-/// The most vCPUs: APIC identifiers are the vCPU's index and have eight bits, of which FFh means
-/// every processor.
-pub const MAX_VCPUS: u32 = 254;
 
 /// What the tables tell of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -20,6 +20,9 @@ use crate::memory::dirty::DirtySource;
 use state::{GeneralRegisters, PlatformState, VcpuState};
 pub(crate) use unknown_msrs::UnknownMsrs;
 
+/// The most vCPUs of a guest: an APIC ID is the vCPU's index and a byte, of which 255 addresses all.
+pub const MAX_VCPUS: u32 = 254;
+
 /// Where a vCPU's accesses outside RAM go.
 pub trait BusAccess: Send + Sync {
     /// An `in` instruction of 1, 2 or 4 bytes.
@@ -274,4 +277,11 @@ impl EngineError {
             source: source.into(),
         }
     }
+}
+
+/// A refusal of what an engine was asked for.
+pub(crate) fn invalid(
+    reason: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidInput, reason)
 }

@@ -49,8 +49,8 @@ pub use runtime::RUNTIME_IOCTLS;
 use crate::cpu_profile::{CpuProfile, CpuidTable};
 use crate::engine::state::PlatformState;
 use crate::engine::{
-    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MsiVector, UnknownMsrs,
-    Vcpu,
+    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MAX_VCPUS, MsiVector,
+    UnknownMsrs, Vcpu, invalid,
 };
 use crate::memory::GuestMemory;
 use crate::memory::dirty::DirtySource;
@@ -59,9 +59,6 @@ use doorbell::Doorbells;
 use irq::Interrupts;
 use vcpu::{KvmVcpu, VcpuContext};
 use vm::Vm;
-
-/// The most vCPUs of a guest: APIC IDs are a byte, and 255 addresses all of them.
-pub const MAX_VCPUS: u32 = 254;
 
 /// What a [`KvmEngine`] executes.
 pub struct KvmConfig {
@@ -202,10 +199,6 @@ fn from_descriptor(kvm: OwnedFd) -> Kvm {
     // SAFETY: the descriptor is open and ours alone; `Kvm` closes it. If it is not one of /dev/kvm,
     // every ioctl fails.
     unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) }
-}
-
-fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> std::io::Error {
-    std::io::Error::new(std::io::ErrorKind::InvalidInput, reason)
 }
 
 /// Locks what stays consistent whatever a panicking thread has left half done: single values and

@@ -37,7 +37,7 @@ pub mod tsc;
 mod vcpu;
 mod waker;
 
-pub use engine::{MAX_VCPUS, SoftConfig, SoftEngine};
+pub use engine::{SoftConfig, SoftEngine};
 
 /// A guest's access that the processor answers with a general protection fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,9 +6,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::invalid;
 use crate::cpu_profile::{CpuidLeaf, CpuidTable};
-use crate::engine::EngineError;
+use crate::engine::{EngineError, invalid};
 use crate::layout;
 use crate::memory::GuestMemory;
 

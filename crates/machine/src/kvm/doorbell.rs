@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::lock;
 use super::vm::Vm;
-use super::{invalid, lock};
-use crate::engine::{DoorbellAddress, EngineError};
+use crate::engine::{DoorbellAddress, EngineError, invalid};
 
 /// The doorbells of a VM. The kernel identifies one by its address and its eventfd, so a reference
 /// to the latter is kept.

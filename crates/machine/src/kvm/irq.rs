@@ -20,9 +20,9 @@ use kvm_bindings::{
 use rustix::event::{PollFd, PollFlags};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::lock;
 use super::vm::Vm;
-use super::{invalid, lock};
-use crate::engine::{EngineError, InterruptLine, MsiVector};
+use crate::engine::{EngineError, InterruptLine, MsiVector, invalid};
 
 /// The I/O APIC's pins, and so the first number for an MSI vector.
 const PINS: u32 = 24;

@@ -16,7 +16,7 @@ use super::vm::Vm;
 use super::{cpuid, debug, runtime, vcpu_state};
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::{GeneralRegisters, VcpuState};
-use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, UnknownMsrs, Vcpu};
+use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, UnknownMsrs, Vcpu, invalid};
 
 /// What all vCPUs of a VM share.
 pub(super) struct VcpuContext {
@@ -252,7 +252,7 @@ impl Vcpu for KvmVcpu {
 
     fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {
         let setting = debug::setting(request)
-            .map_err(|reason| self.error("KVM_SET_GUEST_DEBUG", super::invalid(reason)))?;
+            .map_err(|reason| self.error("KVM_SET_GUEST_DEBUG", invalid(reason)))?;
         self.fd
             .set_guest_debug(&setting)
             .map_err(|error| self.error("KVM_SET_GUEST_DEBUG", error))

@@ -12,14 +12,13 @@ use kvm_bindings::{
 };
 
 use super::convert;
-use super::invalid;
 use super::msr;
 use super::vcpu::KvmVcpu;
-use crate::engine::EngineError;
 use crate::engine::state::{
     DebugRegisters, GeneralRegisters, Msr, PendingEvents, PendingException, PendingInterrupt,
     RunState, VcpuState,
 };
+use crate::engine::{EngineError, invalid};
 
 /// How many MSRs go into one ioctl; the kernel takes 256.
 const MSRS_AT_ONCE: usize = 128;

@@ -23,23 +23,19 @@ use super::msi::Vector;
 use super::platform::Platform;
 use super::signals::Signals;
 use super::time;
-use super::tsc::Tsc;
+use super::tsc::{DEFAULT_KHZ, Tsc};
 use super::vcpu::SoftVcpu;
 use super::waker::Waker;
 use crate::bus::lock;
 use crate::cpu_profile::{CpuProfile, CpuidTable};
 use crate::engine::state::PlatformState;
 use crate::engine::{
-    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MsiVector, UnknownMsrs,
-    Vcpu,
+    DoorbellAddress, Engine, EngineError, InterruptLine, InterruptSource, MAX_VCPUS, MsiVector,
+    UnknownMsrs, Vcpu, invalid,
 };
 use crate::memory::dirty::DirtySource;
 use crate::memory::{GuestMemory, processor_ram};
 
-/// The most vCPUs of a guest: APIC IDs are a byte, and 255 addresses all of them.
-pub const MAX_VCPUS: u32 = 254;
-/// The frequency of the time-stamp counter: it counts nanoseconds.
-const TSC_KHZ: u32 = 1_000_000;
 /// The most MSI vectors, as many as KVM has.
 const MAX_MSI_VECTORS: usize = 4096;
 
@@ -116,7 +112,7 @@ impl SoftEngine {
         let waker = Arc::new(Waker::new(config.vcpus as usize).map_err(system)?);
         let platform = Arc::new(Platform::new(
             config.vcpus as usize,
-            Tsc::new(TSC_KHZ, 0, now_ns),
+            Tsc::new(DEFAULT_KHZ, 0, now_ns),
             now_ns,
             Arc::clone(&waker),
         ));
@@ -254,8 +250,4 @@ impl Drop for SoftEngine {
     fn drop(&mut self) {
         self.signals.stop();
     }
-}
-
-fn invalid(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> std::io::Error {
-    std::io::Error::new(std::io::ErrorKind::InvalidInput, reason)
 }

@@ -23,8 +23,6 @@ const XSTATE_BV: usize = 512;
 const X87_AND_SSE: u8 = 3;
 /// Interrupt shadow of STI.
 const STI_SHADOW: u8 = 2;
-/// A processor in software counts nanoseconds unless a state says otherwise.
-const DEFAULT_KHZ: u32 = 1_000_000;
 /// As in KVM a counter that is less than a second from the first vCPU's follows that: they are restored
 /// one after the other, and the guest is told that they agree.
 const SYNCHRONIZED_NS: u64 = 1_000_000_000;
@@ -141,12 +139,8 @@ pub(super) fn restore(
     now_ns: u64,
 ) -> Result<(), EngineError> {
     check(vcpu, saved)?;
-    let khz = if saved.tsc_khz == 0 {
-        DEFAULT_KHZ
-    } else {
-        saved.tsc_khz
-    };
-    let mut tsc = Tsc::new(khz, saved.tsc, now_ns);
+    let mut tsc = Tsc::new(saved.tsc_khz, saved.tsc, now_ns);
+    let khz = tsc.khz();
     let first = vcpu.shared.platform.tsc(0);
     let apart = first.at(now_ns).abs_diff(saved.tsc);
     if vcpu.index != 0 && first.khz() == khz && apart < SYNCHRONIZED_NS * u64::from(khz) / 1_000_000

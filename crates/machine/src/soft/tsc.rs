@@ -10,6 +10,8 @@ pub struct Tsc {
     since_ns: u64,
 }
 
+/// The frequency where nobody asks for another one: nanoseconds are counted.
+pub(super) const DEFAULT_KHZ: u32 = 1_000_000;
 const NS_PER_MS: u128 = 1_000_000;
 
 impl Tsc {
@@ -17,7 +19,7 @@ impl Tsc {
     #[must_use]
     pub fn new(khz: u32, value: u64, now_ns: u64) -> Self {
         Self {
-            khz: if khz == 0 { 1_000_000 } else { khz },
+            khz: if khz == 0 { DEFAULT_KHZ } else { khz },
             value,
             since_ns: now_ns,
         }
