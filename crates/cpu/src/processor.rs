@@ -177,7 +177,7 @@ impl Processor {
     /// too, so that a guest that only faults does not run for ever.
     ///
     /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
-    /// [`LOOK_EVERY`] rows of blocks; who raises one sets the attention flag to have it delivered sooner.
+    /// few rows of blocks; who raises one sets the attention flag to have it delivered sooner.
     pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
         let mut cache = std::mem::take(&mut self.blocks);
         let stop = self.run_cached(env, budget, &mut cache);
