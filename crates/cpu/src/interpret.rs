@@ -185,7 +185,9 @@ impl Processor {
             ended: Ended::default(),
         };
         frame.run();
-        frame.ended
+        let ended = frame.ended;
+        self.spend(ended.retired);
+        ended
     }
 }
 

@@ -47,5 +47,5 @@ mod x87;
 
 pub use error::{Exception, Vector};
 pub use memory::{Ram, RamRange};
-pub use processor::{Environment, Processor, Stop};
+pub use processor::{Environment, Meter, Processor, Stop};
 pub use state::{DescriptorTable, FxState, Mode, Segment, SegmentName, State};

@@ -1,7 +1,7 @@
 //! The processor, what surrounds it, and its step from one instruction to the next.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
@@ -93,6 +93,51 @@ pub enum Stop {
     Debug,
 }
 
+/// What processors use of their budgets: a clock for who wants to tell time by instructions.
+#[derive(Debug)]
+pub struct Meter {
+    used: AtomicU64,
+    pause_at: AtomicU64,
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self {
+            used: AtomicU64::new(0),
+            pause_at: AtomicU64::new(u64::MAX),
+        }
+    }
+}
+
+impl Meter {
+    /// What was used so far. It is brought up to date after each block: read from inside
+    /// [`Environment`], it is the count at the beginning of the block.
+    #[inline]
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Adds what something else costs than instructions. Not while a processor runs.
+    #[inline]
+    pub fn add(&self, units: u64) {
+        // Only one counts at a time.
+        self.used
+            .store(self.used().wrapping_add(units), Ordering::Relaxed);
+    }
+
+    /// [`Processor::run`] comes back after the first block at whose end the count is `used` or more, as
+    /// if attention had been asked for just then. At first it is `u64::MAX`.
+    pub fn pause_at(&self, used: u64) {
+        self.pause_at.store(used, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn is_reached(&self) -> bool {
+        self.used() >= self.pause_at.load(Ordering::Relaxed)
+    }
+}
+
 /// One processor core.
 pub struct Processor {
     /// Its registers. After a change from outside call [`Processor::state_changed`].
@@ -102,8 +147,7 @@ pub struct Processor {
     /// A vector operand between two micro-operations.
     pub(crate) vector_temp: [u8; 16],
     blocks: BlockCache,
-    /// Instructions executed since power-on.
-    pub(crate) retired: u64,
+    pub(crate) meter: Arc<Meter>,
     /// What data breakpoints see of the instruction that is executed; nothing while there are none.
     pub(crate) accesses: Option<Hits>,
     /// What a debugger waits for.
@@ -140,7 +184,7 @@ impl Processor {
             tlb: Tlb::default(),
             vector_temp: [0; 16],
             blocks: BlockCache::default(),
-            retired: 0,
+            meter: Arc::default(),
             accesses: None,
             debugger: Debugger::default(),
             address_bits: 52,
@@ -153,6 +197,16 @@ impl Processor {
     #[must_use]
     pub fn attention(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.attention)
+    }
+
+    /// From now on counts on that meter. Processors that take turns may share one.
+    pub fn count_on(&mut self, meter: Arc<Meter>) {
+        self.meter = meter;
+    }
+
+    #[inline]
+    pub(crate) fn spend(&self, units: u64) {
+        self.meter.add(units);
     }
 
     /// Physical addresses have that many bits (SDM volume 3, 4.1.4): entries of page tables with higher
@@ -174,12 +228,16 @@ impl Processor {
     }
 
     /// Executes the guest until it has to stop, at most `budget` instructions. One that faults counts,
-    /// too, so that a guest that only faults does not run for ever.
+    /// too, and so do each part of a repeated string instruction and the delivery of an interrupt: whatever
+    /// changes a guest uses its budget.
     ///
     /// Interrupts are asked for at the start, when the guest may have begun to take them, and every
     /// few rows of blocks; who raises one sets the attention flag to have it delivered sooner.
     pub fn run(&mut self, env: &dyn Environment, budget: u64) -> Stop {
         let mut cache = std::mem::take(&mut self.blocks);
+        // What others have marked meanwhile is known before the first block is chosen: where blocks end must
+        // not depend on where a run was broken off.
+        self.see_watched(&mut cache);
         let stop = self.run_cached(env, budget, &mut cache);
         self.see_watched(&mut cache);
         self.blocks = cache;
@@ -195,7 +253,7 @@ impl Processor {
     ) -> Stop {
         let (mut look, mut rows) = (true, 0u32);
         loop {
-            if budget == 0 || self.attention.load(Ordering::Relaxed) {
+            if budget == 0 || !self.state.halted && self.is_to_pause() {
                 self.attention.store(false, Ordering::SeqCst);
                 return Stop::Attention;
             }
@@ -207,8 +265,15 @@ impl Processor {
             if (look || rows.is_multiple_of(LOOK_EVERY))
                 && !self.debugger.holds_interrupts(self.state.halted)
             {
-                if self.take_interrupt(env).is_err() {
-                    return Stop::TripleFault;
+                match self.take_interrupt(env) {
+                    Err(TripleFault) => return Stop::TripleFault,
+                    Ok(true) => {
+                        self.spend(1);
+                        budget -= 1;
+                        look = false;
+                        continue;
+                    }
+                    Ok(false) => {}
                 }
                 if self.state.halted {
                     return Stop::Halted;
@@ -227,13 +292,13 @@ impl Processor {
                 self.run_row(env, cache, limit)
             };
             look |= ended.look;
-            self.retired += ended.retired;
-            budget = budget.saturating_sub(ended.retired);
+            let partly = u64::from(ended.again) + u64::from(ended.fault.is_some());
+            self.spend(partly);
+            budget = budget.saturating_sub(ended.retired + partly);
             let done = ended.retired != 0 || ended.again;
             let trap = step && done && !ended.no_trap && !self.state.shadow;
             let exception = ended.fault.or_else(|| trap.then(|| self.step_trap()));
             if let Some(exception) = exception {
-                budget = budget.saturating_sub(ended.fault.is_some().into());
                 look = true;
                 if self.deliver_exception(env, exception).is_err() {
                     return Stop::TripleFault;
@@ -245,6 +310,11 @@ impl Processor {
         }
     }
 
+    #[inline]
+    fn is_to_pause(&self) -> bool {
+        self.attention.load(Ordering::Relaxed) || self.meter.is_reached()
+    }
+
     /// The trap after an instruction that began with TF set.
     fn step_trap(&mut self) -> Exception {
         const BS: u64 = 1 << 14;
@@ -252,27 +322,27 @@ impl Processor {
         Exception::new(Vector::Debug)
     }
 
-    /// Delivers an NMI or an interrupt if there is one and the guest takes it.
-    fn take_interrupt(&mut self, env: &dyn Environment) -> Result<(), TripleFault> {
+    /// Delivers an NMI or an interrupt if there is one and the guest takes it; whether it did.
+    fn take_interrupt(&mut self, env: &dyn Environment) -> Result<bool, TripleFault> {
         const NMI: u8 = 2;
         if self.state.shadow {
-            return Ok(());
+            return Ok(false);
         }
         if !self.state.nmi_blocked && env.take_nmi() {
             self.state.halted = false;
             self.deliver_interrupt(env, NMI)?;
             self.state.nmi_blocked = true;
-            return Ok(());
+            return Ok(true);
         }
         if self.state.flags & rflags::IF == 0 {
-            return Ok(());
+            return Ok(false);
         }
         match env.acknowledge_interrupt() {
             Some(vector) => {
                 self.state.halted = false;
-                self.deliver_interrupt(env, vector)
+                self.deliver_interrupt(env, vector).map(|()| true)
             }
-            None => Ok(()),
+            None => Ok(false),
         }
     }
 
@@ -327,7 +397,7 @@ impl Processor {
         let stamps = self.stamps(cache, self.code_rights());
         let mut retired = ended.retired;
         for _ in 0..CHAIN {
-            if self.attention.load(Ordering::Relaxed)
+            if self.is_to_pause()
                 || self.ram.code_epoch.load(Ordering::SeqCst) != cache.epoch
                 || self.ram.watch_epoch.load(Ordering::SeqCst) != cache.watched
             {

@@ -19,9 +19,9 @@ const RSP: usize = 4;
 /// Runs so many instructions and expects no fault.
 #[track_caller]
 fn run(guest: &mut Guest, budget: u64) {
-    let before = guest.cpu.retired;
+    let before = guest.cpu.meter.used();
     assert_eq!(guest.cpu.run(&Nothing, budget), Stop::Attention);
-    assert_eq!(guest.cpu.retired - before, budget, "retired");
+    assert_eq!(guest.cpu.meter.used() - before, budget, "used");
 }
 
 fn sum_loop(a: &mut CodeAssembler) {
@@ -170,7 +170,7 @@ fn faults_leave_the_state_before_the_instruction() {
     guest.cpu.state.set_register(RDX, 9);
     assert_eq!(guest.cpu.run(&Nothing, 4), Stop::TripleFault);
     let state = &guest.cpu.state;
-    assert_eq!(guest.cpu.retired, 2);
+    assert_eq!(guest.cpu.meter.used(), 3, "the one that faulted, too");
     assert_eq!(state.rip, CODE + 10 + 2);
     assert_eq!(state.register(RDX), 9);
     assert_eq!(state.rflags() & STATUS & !crate::state::rflags::PF, ZF);
@@ -307,7 +307,7 @@ fn single_steps_trap() {
     let flags = guest.cpu.state.rflags();
     guest.cpu.state.set_rflags(flags | TF);
     assert_eq!(guest.cpu.run(&Nothing, 100), Stop::TripleFault); // no IDT
-    assert_eq!(guest.cpu.retired, 1);
+    assert_eq!(guest.cpu.meter.used(), 1);
     assert_eq!(guest.cpu.state.dr[4] & 1 << 14, 1 << 14);
 }
 

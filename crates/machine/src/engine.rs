@@ -44,6 +44,8 @@ pub enum Exit {
     TripleFault,
     /// A debugger's breakpoint is at the next instruction, or its single step is done.
     Debug,
+    /// A replayed recording says what is done to the machine here.
+    Recorded,
     /// The guest cannot go on; the text names the engine's reason and the guest's instruction
     /// pointer.
     Fatal(String),

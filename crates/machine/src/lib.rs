@@ -30,6 +30,7 @@ pub mod layout;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
+pub mod recording;
 pub mod soft;
 pub(crate) mod testing;
 pub mod virtio;

@@ -23,7 +23,7 @@ use mica_base::units::{Bytes, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -275,9 +275,29 @@ pub fn discard(memory: &GuestMemory, address: GuestAddress, len: u64) -> io::Res
         if first < last {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             rustix::fs::fallocate(offset.file(), flags, first, last - first)?;
+            // They are others now, for whoever copies memory.
+            let in_region = (first - offset.start()) as usize;
+            (**region)
+                .bitmap()
+                .mark_dirty(in_region, (last - first) as usize);
         }
     }
     Ok(())
+}
+
+/// Notes, in the VM process's share of the dirty log, that somebody else may have written `len` bytes at
+/// `address`. What is no RAM is ignored.
+pub fn mark_written(memory: &GuestMemory, address: GuestAddress, len: u64) {
+    let end = address.0.saturating_add(len);
+    for region in memory.iter() {
+        let start = region.start_addr().0;
+        let from = address.0.clamp(start, start + region.len());
+        let to = end.clamp(start, start + region.len());
+        if from < to {
+            let bitmap = (**region).bitmap();
+            bitmap.mark_dirty((from - start) as usize, (to - from) as usize);
+        }
+    }
 }
 
 /// The size of the reserved pages that back `file`: it is the file's block size.

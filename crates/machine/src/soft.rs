@@ -12,6 +12,9 @@
 //! of the machine's monotonic clock. [`platform::Platform`] joins them and is what a vCPU's thread, a
 //! device and a timer thread share.
 //!
+//! With [`turns`] the vCPUs run one at a time and by the count of their instructions, so that a run can be
+//! recorded and replayed.
+//!
 //! Guests are tested on KVM, so where the kernel's chips differ from the data sheet these follow the
 //! kernel, and say so. The state is that of [`crate::engine::state`], so that a machine may move
 //! between the engines.
@@ -34,10 +37,12 @@ mod signals;
 mod state;
 mod time;
 pub mod tsc;
+pub mod turns;
 mod vcpu;
 mod waker;
 
 pub use engine::{SoftConfig, SoftEngine};
+pub(crate) use time::realtime_ns;
 
 /// A guest's access that the processor answers with a general protection fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,6 +22,7 @@ pub mod machine;
 mod notice;
 mod operate;
 mod process;
+mod recording;
 mod server;
 pub mod vcpus;
 

@@ -8,6 +8,7 @@ mod console;
 mod engine;
 mod ephemeral;
 mod options;
+mod recording;
 mod report;
 mod source;
 mod supervisor;
@@ -28,6 +29,7 @@ use self::backend::Backends;
 use self::console::Console;
 pub(crate) use self::options::Options;
 use self::options::{ConsoleDevice, ConsoleTarget};
+use self::recording::Recording;
 use self::report::{Reporter, SupervisorEvent};
 use self::source::Source;
 use self::supervisor::{Signals, Supervisor};
@@ -40,12 +42,13 @@ use crate::runtime::{self, SocketFile};
 const FIRST_VM_USER: u32 = 2_000_000_000;
 
 /// Runs one VM and returns how it ended, as an exit status.
-pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Box<dyn Error>> {
+pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode, Box<dyn Error>> {
     // Signals first: from here on an interrupt ends things in order.
     let signals = Signals::take()?;
     let source = Source::resolve(&options)?;
+    let recording = Recording::open(&mut options)?;
     let (mut control, name) = control_socket(&options, &source)?;
-    let mut engine = engine::choose(options.engine)?;
+    let mut engine = engine::choose(options.engine, recording.is_some())?;
 
     let target = options.console.clone().unwrap_or(match output {
         OutputFormat::Text => ConsoleTarget::Stdio,
@@ -93,6 +96,7 @@ pub(crate) fn run(options: Options, output: OutputFormat) -> Result<ExitCode, Bo
         vsock,
         balloon: !options.no_balloon,
         keyboard: options.keyboard,
+        recording: recording.map(|recording| recording.config(&mut attachments)),
         on_reset: options.on_reset(),
         on_panic: options.on_panic.into(),
     };
@@ -147,6 +151,9 @@ fn spawn() -> io::Result<(Channel, Child)> {
     let (ours, theirs) = Channel::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("mica-vm").arg("vm-process").env_clear();
+    // Before glibc gives a part of a thread's heap back for the first time, it reads how the kernel
+    // overcommits, and in the jail nothing can be opened: it is not to give back.
+    command.env("MALLOC_TRIM_THRESHOLD_", i32::MAX.to_string());
     command
         .stdin(Stdio::from(theirs.into_fd()))
         .stdout(Stdio::null());

@@ -160,6 +160,7 @@ impl Processor {
             self.state.dr[4] |= hits;
             ended.fault = Some(Exception::new(Vector::Debug));
         }
+        self.spend(ended.retired);
         ended
     }
 }

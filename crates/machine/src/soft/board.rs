@@ -1,6 +1,7 @@
 //! What surrounds a processor's core: ports, device memory, its local APIC, its clocks.
 
 use std::cell::{Cell, RefCell};
+use std::sync::atomic::Ordering;
 
 use mica_cpu::Environment;
 
@@ -8,11 +9,11 @@ use super::clock::{Instant, PvClock};
 use super::engine::Shared;
 use super::msr::StoredMsrs;
 use super::platform::Platform;
-use super::time;
 use super::tsc::Tsc;
 use crate::cpu_profile::CpuidTable;
 use crate::engine::{BusAccess, DoorbellAddress};
 use crate::layout;
+use crate::recording::Place;
 
 const PAGE: u64 = 4096;
 
@@ -40,8 +41,8 @@ impl Local {
     /// The clocks now.
     pub(super) fn instant(&self, shared: &Shared) -> Instant {
         Instant {
-            now_ns: time::now_ns(),
-            realtime_ns: time::realtime_ns(),
+            now_ns: shared.now_ns(),
+            realtime_ns: shared.realtime_ns(),
             clock: shared.platform.clock(),
             tsc: self.tsc.get(),
         }
@@ -66,16 +67,47 @@ impl Board<'_> {
         address.checked_sub(start).filter(|offset| *offset < PAGE)
     }
 
+    /// A read that a device answers, or the recording.
+    fn read_device(&self, port: bool, address: u64, data: &mut [u8], read: impl FnOnce(&mut [u8])) {
+        let Some(turns) = &self.shared.turns else {
+            return read(data);
+        };
+        let place = Place {
+            port,
+            address,
+            size: data.len() as u8,
+        };
+        let value = turns.read(place, || {
+            let mut bytes = [0; 8];
+            read(&mut bytes[..data.len()]);
+            u64::from_le_bytes(bytes)
+        });
+        data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
+    }
+
+    /// Where vCPUs take turns, an interrupt that the guest itself has made deliverable is looked for at the
+    /// end of the block, not some blocks later: when, must not depend on who breaks the run off.
+    fn look_for_interrupts(&self) {
+        if self.shared.turns.is_some() && self.platform().is_pending(self.vcpu) {
+            self.shared
+                .waker
+                .attention(self.vcpu)
+                .store(true, Ordering::SeqCst);
+        }
+    }
+
     fn read_memory(&self, address: u64, data: &mut [u8]) {
         let apic = self.local.apic_page.get();
         if let Some(offset) = apic.and_then(|page| Self::in_page(address, page)) {
-            let now = time::now_ns();
+            let now = self.shared.now_ns();
             self.platform()
                 .read_local_apic(self.vcpu, offset, data, now);
         } else if let Some(offset) = Self::in_page(address, layout::IO_APIC) {
             self.platform().read_io_apic(offset, data);
         } else {
-            self.bus.memory_read(address, data);
+            self.read_device(false, address, data, |data| {
+                self.bus.memory_read(address, data);
+            });
         }
     }
 }
@@ -85,12 +117,14 @@ impl Environment for Board<'_> {
         let mut bytes = [0; 4];
         let data = &mut bytes[..usize::from(size).min(4)];
         if Platform::owns_port(port) {
-            let now = time::now_ns();
+            let now = self.shared.now_ns();
             for (port, byte) in (port..).zip(data) {
                 *byte = self.platform().read_port(port, now);
             }
         } else {
-            self.bus.port_read(port, data);
+            self.read_device(true, port.into(), data, |data| {
+                self.bus.port_read(port, data);
+            });
         }
         u32::from_le_bytes(bytes)
     }
@@ -99,13 +133,14 @@ impl Environment for Board<'_> {
         let bytes = value.to_le_bytes();
         let data = &bytes[..usize::from(size).min(4)];
         if Platform::owns_port(port) {
-            let now = time::now_ns();
+            let now = self.shared.now_ns();
             for (port, &byte) in (port..).zip(data) {
                 self.platform().write_port(port, byte, now);
             }
         } else if !self.shared.ring(DoorbellAddress::Port(port)) {
             self.bus.port_write(port, data);
         }
+        self.look_for_interrupts();
     }
 
     fn memory_read(&self, address: u64, size: u8) -> u64 {
@@ -119,7 +154,7 @@ impl Environment for Board<'_> {
         let data = &bytes[..usize::from(size).min(8)];
         let apic = self.local.apic_page.get();
         if let Some(offset) = apic.and_then(|page| Self::in_page(address, page)) {
-            let now = time::now_ns();
+            let now = self.shared.now_ns();
             self.platform()
                 .write_local_apic(self.vcpu, offset, data, now);
         } else if let Some(offset) = Self::in_page(address, layout::IO_APIC) {
@@ -127,6 +162,7 @@ impl Environment for Board<'_> {
         } else if !self.shared.ring(DoorbellAddress::Memory(address)) {
             self.bus.memory_write(address, data);
         }
+        self.look_for_interrupts();
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -134,11 +170,11 @@ impl Environment for Board<'_> {
     }
 
     fn tsc(&self) -> u64 {
-        self.local.tsc.get().at(time::now_ns())
+        self.local.tsc.get().at(self.shared.now_ns())
     }
 
     fn set_tsc(&self, value: u64) {
-        let now = time::now_ns();
+        let now = self.shared.now_ns();
         let tsc = Tsc::new(self.local.tsc.get().khz(), value, now);
         self.platform().set_tsc(self.vcpu, tsc, now);
         self.local.tsc.set(tsc);
@@ -153,7 +189,7 @@ impl Environment for Board<'_> {
     fn read_msr(&self, index: u32) -> Option<u64> {
         if Platform::owns_msr(index) {
             self.platform()
-                .read_msr(self.vcpu, index, time::now_ns())
+                .read_msr(self.vcpu, index, self.shared.now_ns())
                 .ok()
         } else if PvClock::owns_msr(index) {
             self.local.pv_clock.borrow().read_msr(index).ok()
@@ -168,10 +204,11 @@ impl Environment for Board<'_> {
 
     fn write_msr(&self, index: u32, value: u64) -> bool {
         if Platform::owns_msr(index) {
-            let now = time::now_ns();
+            let now = self.shared.now_ns();
             let written = self.platform().write_msr(self.vcpu, index, value, now);
             let page = self.platform().local_apic_address(self.vcpu);
             self.local.apic_page.set(page);
+            self.look_for_interrupts();
             return written.is_ok();
         }
         if PvClock::owns_msr(index) {
@@ -193,6 +230,7 @@ impl Environment for Board<'_> {
 
     fn set_task_priority(&self, value: u8) {
         self.platform().set_cr8(self.vcpu, value);
+        self.look_for_interrupts();
     }
 
     fn acknowledge_interrupt(&self) -> Option<u8> {

@@ -24,6 +24,7 @@ use super::platform::Platform;
 use super::signals::Signals;
 use super::time;
 use super::tsc::{DEFAULT_KHZ, Tsc};
+use super::turns::Turns;
 use super::vcpu::SoftVcpu;
 use super::waker::Waker;
 use crate::bus::lock;
@@ -35,6 +36,7 @@ use crate::engine::{
 };
 use crate::memory::dirty::DirtySource;
 use crate::memory::{GuestMemory, processor_ram};
+use crate::recording::Record;
 
 /// The most MSI vectors, as many as KVM has.
 const MAX_MSI_VECTORS: usize = 4096;
@@ -47,6 +49,8 @@ pub struct SoftConfig {
     pub vcpus: u32,
     /// The processor that the guest sees.
     pub profile: CpuProfile,
+    /// With these the vCPUs take turns, and the run is recorded or replayed.
+    pub turns: Option<Arc<Turns>>,
 }
 
 /// What the vCPUs of a machine and its other threads share.
@@ -57,9 +61,35 @@ pub(super) struct Shared {
     pub(super) waker: Arc<Waker>,
     pub(super) doorbells: RwLock<HashMap<DoorbellAddress, EventFd>>,
     pub(super) unknown_msrs: UnknownMsrs,
+    /// Where vCPUs take turns.
+    pub(super) turns: Option<Arc<Turns>>,
 }
 
 impl Shared {
+    /// The machine's monotonic clock.
+    pub(super) fn now_ns(&self) -> u64 {
+        self.turns
+            .as_ref()
+            .map_or_else(time::now_ns, |turns| turns.now_ns())
+    }
+
+    /// The wall clock.
+    pub(super) fn realtime_ns(&self) -> u64 {
+        self.turns
+            .as_ref()
+            .map_or_else(time::realtime_ns, |turns| turns.realtime_ns())
+    }
+
+    /// Delivers a message-signalled interrupt, now or when it is its turn.
+    pub(super) fn send_msi(&self, address: u64, data: u32) {
+        match &self.turns {
+            Some(turns) => turns.push(Record::Message { address, data }),
+            None => {
+                self.platform.send_msi(address, data);
+            }
+        }
+    }
+
     /// Signals the doorbell at an address, if there is one.
     pub(super) fn ring(&self, address: DoorbellAddress) -> bool {
         let doorbells = self
@@ -70,6 +100,9 @@ impl Shared {
             // Fails only when the counter is full, and then it is signalled anyway.
             Some(eventfd) => {
                 let _ = eventfd.write(1);
+                if let Some(turns) = &self.turns {
+                    turns.stir();
+                }
                 true
             }
             None => false,
@@ -107,9 +140,12 @@ impl SoftEngine {
                 let reason = format!("{error}; the software engine has x86-64-v2");
                 EngineError::new("CPU profile", invalid(reason))
             })?;
-        let now_ns = time::now_ns();
+        let turns = config.turns;
+        let now_ns = turns
+            .as_ref()
+            .map_or_else(time::now_ns, |turns| turns.now_ns());
         let system = |error| EngineError::new("create VM", error);
-        let waker = Arc::new(Waker::new(config.vcpus as usize).map_err(system)?);
+        let waker = Arc::new(Waker::new(config.vcpus as usize, turns.clone()).map_err(system)?);
         let platform = Arc::new(Platform::new(
             config.vcpus as usize,
             Tsc::new(DEFAULT_KHZ, 0, now_ns),
@@ -124,10 +160,11 @@ impl SoftEngine {
             waker,
             doorbells: RwLock::default(),
             unknown_msrs: UnknownMsrs::default(),
+            turns: turns.clone(),
         });
         let signals = Signals::start(Arc::clone(&shared)).map_err(system)?;
         Ok(Self {
-            lines: Lines::new(Arc::clone(&shared.platform)),
+            lines: Lines::new(Arc::clone(&shared)),
             signals,
             shared,
             vectors: Mutex::default(),
@@ -168,17 +205,20 @@ impl Engine for SoftEngine {
     }
 
     fn save_platform(&self) -> Result<PlatformState, EngineError> {
-        let realtime = time::realtime_ns();
-        Ok(self.shared.platform.save(time::now_ns(), Some(realtime)))
+        let (now, realtime) = (self.shared.now_ns(), self.shared.realtime_ns());
+        Ok(self.shared.platform.save(now, Some(realtime)))
     }
 
     fn restore_platform(&self, state: &PlatformState) -> Result<(), EngineError> {
-        self.shared.platform.restore(state, time::now_ns());
+        self.shared.platform.restore(state, self.shared.now_ns());
         Ok(())
     }
 
     fn reset_platform(&self) -> Result<(), EngineError> {
-        self.shared.platform.reset(time::now_ns());
+        self.shared.platform.reset(self.shared.now_ns());
+        if let Some(turns) = &self.shared.turns {
+            turns.restart();
+        }
         Ok(())
     }
 

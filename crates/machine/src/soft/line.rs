@@ -3,22 +3,23 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::platform::Platform;
+use super::engine::Shared;
 use crate::bus::lock;
 use crate::engine::InterruptLine;
 use crate::engine::state::IO_APIC_PINS;
+use crate::recording::Record;
 
 /// All pins of a machine.
 pub(super) struct Lines {
-    platform: Arc<Platform>,
+    shared: Arc<Shared>,
     /// How many drivers hold each pin high.
     holders: [Mutex<u32>; IO_APIC_PINS],
 }
 
 impl Lines {
-    pub(super) fn new(platform: Arc<Platform>) -> Arc<Self> {
+    pub(super) fn new(shared: Arc<Shared>) -> Arc<Self> {
         Arc::new(Self {
-            platform,
+            shared,
             holders: std::array::from_fn(|_| Mutex::new(0)),
         })
     }
@@ -33,6 +34,16 @@ impl Lines {
             gsi,
             level: AtomicBool::new(false),
         })
+    }
+}
+
+impl Lines {
+    /// The pin changes, now or when it is its turn.
+    fn drive(&self, gsi: u32, level: bool) {
+        match &self.shared.turns {
+            Some(turns) => turns.push(Record::Line { gsi, level }),
+            None => self.shared.platform.set_line(gsi, level),
+        }
     }
 }
 
@@ -52,7 +63,7 @@ impl InterruptLine for Line {
         let before = *holders;
         *holders = if level { before + 1 } else { before - 1 };
         if (before == 0) != (*holders == 0) {
-            self.lines.platform.set_line(self.gsi, level);
+            self.lines.drive(self.gsi, level);
         }
     }
 }

@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::engine::Shared;
 use super::msi::Vector;
 use super::platform::Wake;
-use super::time;
 use crate::bus::lock;
 
 const TIMER: u64 = 0;
@@ -98,7 +97,7 @@ impl Signals {
 
     /// Delivers a message.
     pub(super) fn send(&self, address: u64, data: u32) {
-        self.shared.platform.send_msi(address, data);
+        self.shared.send_msi(address, data);
     }
 
     /// Ends the thread.
@@ -134,7 +133,7 @@ impl Signals {
     fn expire(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(self.shared.waker.timer(), &mut count);
-        self.shared.platform.expire(time::now_ns());
+        self.shared.platform.expire(self.shared.now_ns());
         self.shared.waker.rearm();
     }
 

@@ -323,6 +323,12 @@ fn general(state: &mica_cpu::State) -> GeneralRegisters {
     }
 }
 
+/// A checksum of the general registers, for comparing a run with its recording.
+pub(super) fn checksum(state: &mica_cpu::State) -> u32 {
+    let bytes = minicbor::to_vec(general(state));
+    crc32fast::hash(&bytes.expect("a Vec takes every byte, so encoding cannot fail"))
+}
+
 fn restore_general(state: &mut mica_cpu::State, general: &GeneralRegisters) {
     let g = general;
     let registers = [

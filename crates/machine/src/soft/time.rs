@@ -15,6 +15,6 @@ pub(super) fn now_ns() -> u64 {
 }
 
 /// CLOCK_REALTIME, since 1970.
-pub(super) fn realtime_ns() -> u64 {
+pub(crate) fn realtime_ns() -> u64 {
     nanoseconds(clock_gettime(ClockId::Realtime))
 }

@@ -9,10 +9,10 @@ use mica_cpu::{Processor, Segment, SegmentName, State, Stop};
 use super::board::{Board, Local};
 use super::clock::PvClock;
 use super::engine::Shared;
+use super::local_apic::Events;
 use super::msr::StoredMsrs;
 use super::state;
-use super::time;
-use super::waker::Waker;
+use super::turns::{Chips, Turn, Turns};
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::{GeneralRegisters, RunState, VcpuState};
 use crate::engine::{BusAccess, DebugRequest, EngineError, Exit, Kick, Vcpu};
@@ -35,14 +35,18 @@ pub(super) struct SoftVcpu {
 /// Makes a vCPU leave its run.
 struct SoftKick {
     kicked: AtomicBool,
-    waker: Arc<Waker>,
+    shared: Arc<Shared>,
     vcpu: usize,
 }
 
 impl Kick for SoftKick {
     fn kick(&self) {
         self.kicked.store(true, Ordering::SeqCst);
-        self.waker.rouse(self.vcpu);
+        match &self.shared.turns {
+            // A kick is nothing that a guest would notice, so it does not wake.
+            Some(turns) => turns.stir(),
+            None => self.shared.waker.rouse(self.vcpu),
+        }
     }
 }
 
@@ -53,6 +57,9 @@ impl SoftVcpu {
         processor.set_address_bits(cpuid.answer(0x8000_0008, 0)[0] & 0xff);
         processor.set_gib_pages(cpuid.answer(0x8000_0001, 0)[3] >> 26 & 1 != 0);
         shared.waker.set_attention(index, processor.attention());
+        if let Some(turns) = &shared.turns {
+            processor.count_on(turns.meter());
+        }
         let local = Local {
             cpuid,
             msrs: RefCell::new(StoredMsrs::default()),
@@ -66,7 +73,7 @@ impl SoftVcpu {
         let mut vcpu = Self {
             kick: Arc::new(SoftKick {
                 kicked: AtomicBool::new(false),
-                waker: Arc::clone(&shared.waker),
+                shared: Arc::clone(&shared),
                 vcpu: index,
             }),
             index,
@@ -93,6 +100,11 @@ impl SoftVcpu {
             return;
         }
         let events = self.shared.platform.take_events(self.index);
+        if let Some(turns) = &self.shared.turns
+            && events != Events::default()
+        {
+            turns.meter().add(1);
+        }
         if events.nmi {
             self.local.nmi_pending.set(true);
             self.processor.state.halted = false;
@@ -144,13 +156,56 @@ impl SoftVcpu {
     /// a lock-up.
     fn enter(&mut self) {
         self.local.refresh(&self.shared, self.index);
-        if self.entered {
+        if self.entered && self.shared.turns.is_none() {
             let instant = self.local.instant(&self.shared);
             let memory = &self.shared.memory;
             let mut clock = self.local.pv_clock.borrow_mut();
             clock.update(memory, &instant, true);
         }
         self.entered = true;
+    }
+
+    /// [`Vcpu::run`] where the vCPUs take turns.
+    fn run_in_turn(&mut self, turns: &Turns, bus: &dyn BusAccess) -> Exit {
+        turns.enter();
+        loop {
+            let chips = Chips {
+                platform: &self.shared.platform,
+                waker: &self.shared.waker,
+            };
+            let state = &self.processor.state;
+            let check = || state::checksum(state);
+            let budget = match turns.take(chips, self.index, &self.kick.kicked, &check) {
+                Ok(Turn::Run(budget)) => budget,
+                Ok(Turn::Kicked) => return Exit::Kicked,
+                Ok(Turn::Recorded) => return Exit::Recorded,
+                Err(error) => return Exit::Fatal(error.to_string()),
+            };
+            self.take_events();
+            let waits = matches!(
+                self.run_state,
+                RunState::WaitForInit | RunState::WaitForSipi
+            );
+            let board = Board {
+                shared: &self.shared,
+                bus,
+                local: &self.local,
+                vcpu: self.index,
+            };
+            let stop = if waits {
+                Stop::Halted
+            } else {
+                self.processor.run(&board, budget)
+            };
+            turns.give_back(self.index, stop != Stop::Attention);
+            match stop {
+                Stop::Attention | Stop::Halted => {}
+                // The recording has what happened then.
+                Stop::TripleFault if turns.replays() => {}
+                Stop::TripleFault => return Exit::TripleFault,
+                Stop::Debug => return Exit::Debug,
+            }
+        }
     }
 
     /// Everything as after power-on, but for the time-stamp counter.
@@ -179,6 +234,9 @@ fn first_state(index: usize) -> RunState {
 impl Vcpu for SoftVcpu {
     fn run(&mut self, bus: &dyn BusAccess) -> Result<Exit, EngineError> {
         self.enter();
+        if let Some(turns) = self.shared.turns.clone() {
+            return Ok(self.run_in_turn(&turns, bus));
+        }
         loop {
             if self.kick.kicked.swap(false, Ordering::SeqCst) {
                 return Ok(Exit::Kicked);
@@ -211,11 +269,14 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, EngineError> {
-        Ok(state::save(self, time::now_ns()))
+        Ok(state::save(self, self.shared.now_ns()))
     }
 
     fn restore(&mut self, saved: &VcpuState) -> Result<(), EngineError> {
-        state::restore(self, saved, time::now_ns())
+        {
+            let now = self.shared.now_ns();
+            state::restore(self, saved, now)
+        }
     }
 
     fn set_registers(

@@ -11,6 +11,7 @@ use rustix::time::{
 };
 
 use super::platform::{Platform, Wake};
+use super::turns::Turns;
 use crate::bus::lock;
 
 const NS_PER_SECOND: u64 = 1_000_000_000;
@@ -32,16 +33,19 @@ pub(super) struct Waker {
     /// Held while the timer is set, so that the latest deadline counts.
     arming: Mutex<()>,
     platform: OnceLock<Weak<Platform>>,
+    /// Where vCPUs take turns, time is theirs to tell.
+    turns: Option<Arc<Turns>>,
 }
 
 impl Waker {
-    pub(super) fn new(vcpus: usize) -> io::Result<Self> {
+    pub(super) fn new(vcpus: usize, turns: Option<Arc<Turns>>) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self {
             sleepers: (0..vcpus).map(|_| Sleeper::default()).collect(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             arming: Mutex::new(()),
             platform: OnceLock::new(),
+            turns,
         })
     }
 
@@ -70,6 +74,20 @@ impl Waker {
         sleeper.changed.notify_one();
     }
 
+    /// The flag of a vCPU's processor.
+    pub(super) fn attention(&self, vcpu: usize) -> Arc<AtomicBool> {
+        self.sleepers[vcpu]
+            .attention
+            .get()
+            .map(Arc::clone)
+            .unwrap_or_default()
+    }
+
+    /// Whether the vCPU was roused since the last time.
+    pub(super) fn take_signal(&self, vcpu: usize) -> bool {
+        std::mem::take(&mut *lock(&self.sleepers[vcpu].signalled))
+    }
+
     /// Sleeps until the vCPU is roused, or returns at once if it was since the last time.
     pub(super) fn sleep(&self, vcpu: usize) {
         let sleeper = &self.sleepers[vcpu];
@@ -90,6 +108,9 @@ impl Wake for Arc<Waker> {
     }
 
     fn rearm(&self) {
+        if let Some(turns) = &self.turns {
+            return turns.look_up();
+        }
         let Some(platform) = self.platform.get().and_then(Weak::upgrade) else {
             return;
         };
@@ -116,14 +137,14 @@ mod tests {
 
     #[test]
     fn a_wake_before_the_sleep_is_not_lost() {
-        let waker = Waker::new(1).unwrap();
+        let waker = Waker::new(1, None).unwrap();
         waker.rouse(0);
         waker.sleep(0);
     }
 
     #[test]
     fn a_sleeper_is_woken() {
-        let waker = Arc::new(Waker::new(2).unwrap());
+        let waker = Arc::new(Waker::new(2, None).unwrap());
         let other = Arc::clone(&waker);
         let thread = thread::spawn(move || other.sleep(1));
         waker.rouse(1);
@@ -132,7 +153,7 @@ mod tests {
 
     #[test]
     fn attention_is_raised() {
-        let waker = Waker::new(1).unwrap();
+        let waker = Waker::new(1, None).unwrap();
         let flag = Arc::new(AtomicBool::new(false));
         waker.set_attention(0, Arc::clone(&flag));
         waker.rouse(0);
@@ -141,7 +162,7 @@ mod tests {
 
     #[test]
     fn the_timer_follows_the_chips() {
-        let waker = Arc::new(Waker::new(1).unwrap());
+        let waker = Arc::new(Waker::new(1, None).unwrap());
         let platform = Arc::new(Platform::new(1, Tsc::new(0, 0, 0), 0, Arc::clone(&waker)));
         waker.attach(&platform);
         // Counter 0, mode 2, a count of 2.

@@ -19,21 +19,26 @@ use std::sync::{Arc, Mutex};
 use mica_base::clock::{Clock, HostClock};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+mod recording;
+
 use super::channel::{Attachments, Channel, FdIndex, Received};
 use super::config::{BootConfig, EngineConfig, VmConfig};
 use super::console::{SocketConsole, socket_console, socket_output};
 use super::machine::{BootSource, Machine, SharedDevice};
 use super::notice::{Mailbox, Notice};
+use super::recording::ReplayBus;
 use super::vcpus::Vcpus;
 use crate::acpi::AcpiConfig;
 use crate::bus::{Buses, RangeTaken};
 use crate::device::DeviceError;
-use crate::engine::{Engine, EngineError, InterruptSource};
+use crate::engine::{BusAccess, Engine, EngineError, InterruptSource};
 use crate::kvm::{KvmConfig, KvmEngine};
 use crate::layout::{gsi, port};
 use crate::legacy::{self, I8042, Power, PvPanic, Rtc, Serial};
 use crate::memory::{self, GuestMemory, MemoryError, MemoryOptions};
 use crate::pci::{PciError, PciRoot, Subscriber};
+use crate::recording::ReplayError;
+use crate::soft::turns::Turns;
 use crate::soft::{SoftConfig, SoftEngine};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -78,6 +83,8 @@ pub(super) enum AssembleError {
     #[error(transparent)]
     Bus(#[from] RangeTaken),
     #[error(transparent)]
+    Replay(#[from] ReplayError),
+    #[error(transparent)]
     System(#[from] io::Error),
 }
 
@@ -118,6 +125,9 @@ struct Assembler {
     devices: Vec<SharedDevice>,
     subscribers: Vec<Subscriber>,
     vcpus: u32,
+    turns: Option<Arc<Turns>>,
+    /// In place of all others.
+    replay_bus: Option<ReplayBus>,
 }
 
 /// Builds the machine that `config` describes from the descriptors that came with it.
@@ -131,6 +141,7 @@ pub(super) fn assemble(
     };
     let memory = memory::allocate(config.memory, &options)?;
     let (vcpus, profile) = (config.vcpus, config.cpu_profile);
+    let turns = recording::turns(config, fds, &memory)?;
     let (engine, interrupts): (Arc<dyn Engine>, Arc<dyn InterruptSource>) = match &config.engine {
         EngineConfig::Kvm { device } => {
             let config = KvmConfig {
@@ -145,6 +156,7 @@ pub(super) fn assemble(
                 memory: memory.clone(),
                 vcpus,
                 profile,
+                turns: turns.clone(),
             };
             both(Arc::new(SoftEngine::new(config)?))
         }
@@ -160,7 +172,13 @@ pub(super) fn assemble(
         devices: Vec::new(),
         subscribers: Vec::new(),
         vcpus: config.vcpus,
+        turns,
+        replay_bus: None,
     };
+    let replays = assembler
+        .turns
+        .as_ref()
+        .is_some_and(|turns| turns.replays());
     let power = assembler.add_legacy(config)?;
     let serial = assembler.add_serial(config, fds)?;
     let mut handles = Handles {
@@ -171,8 +189,11 @@ pub(super) fn assemble(
         vsock: None,
         backends: BTreeMap::new(),
     };
-    assembler.add_virtio(config, fds, &mut handles)?;
-    assembler.add_backends(config, fds, &mut handles)?;
+    // A replay needs no devices: the recording has what came from them.
+    if !replays {
+        assembler.add_virtio(config, fds, &mut handles)?;
+        assembler.add_backends(config, fds, &mut handles)?;
+    }
     assembler.finish(config, fds, handles)
 }
 
@@ -239,6 +260,10 @@ impl Assembler {
 
     fn add_serial_device(&mut self, serial: Serial) -> Result<Arc<Mutex<Serial>>, AssembleError> {
         let serial = Arc::new(Mutex::new(serial));
+        if self.turns.as_ref().is_some_and(|turns| turns.replays()) {
+            let serial = serial.clone();
+            self.replay_bus = Some(ReplayBus { serial });
+        }
         legacy::attach(&mut self.buses.ports, &serial)?;
         self.devices.push(serial.clone());
         Ok(serial)
@@ -343,14 +368,19 @@ impl Assembler {
     ) -> Result<Assembled, AssembleError> {
         self.devices.extend(self.pci.devices());
         self.subscribers.extend(self.pci.subscribers());
+        self.take_turns(&handles)?;
         self.pci.attach(&mut self.buses)?;
         let buses = Arc::new(self.buses);
+        let bus: Arc<dyn BusAccess> = match self.replay_bus {
+            Some(bus) => Arc::new(bus),
+            None => buses.clone(),
+        };
         let vcpus: Result<Vec<_>, _> = (0..self.vcpus)
             .map(|index| self.engine.create_vcpu(index))
             .collect();
         let mailbox = Arc::clone(&self.mailbox);
         let on_end = Box::new(move |end| mailbox.post(Notice::VcpuEnd(end)));
-        let vcpus = Vcpus::new(vcpus?, buses.clone(), on_end)?;
+        let vcpus = Vcpus::new(vcpus?, bus, on_end)?;
         let acpi = AcpiConfig {
             vcpus: config.vcpus,
             ram: config.memory.0,
@@ -370,6 +400,7 @@ impl Assembler {
             acpi,
             running: false,
             devices_paused: false,
+            turns: self.turns,
         };
         Ok(Assembled {
             machine,
@@ -380,9 +411,10 @@ impl Assembler {
     }
 }
 
-fn boot_source(config: &BootConfig, fds: &mut Received) -> io::Result<BootSource> {
+fn boot_source(config: &BootConfig, fds: &mut Received) -> io::Result<Option<BootSource>> {
     let mut file = |index| fds.take(index).map(File::from);
-    Ok(match config {
+    Ok(Some(match config {
+        BootConfig::Recording => return Ok(None),
         BootConfig::Kernel {
             kernel,
             initrd,
@@ -403,7 +435,7 @@ fn boot_source(config: &BootConfig, fds: &mut Received) -> io::Result<BootSource
             cmdline: cmdline.clone(),
             append: append.clone(),
         },
-    })
+    }))
 }
 
 /// Passes devices' wishes on to the supervisor.

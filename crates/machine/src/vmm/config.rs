@@ -107,6 +107,13 @@ pub enum VmEvent {
         /// What.
         message: String,
     },
+    /// A replay has come to its recording's end.
+    Replayed {
+        /// The position there: instructions and what counts as one.
+        position: u64,
+        /// Whether the recording was closed, so that its end could be compared: vCPUs and RAM were the same.
+        compared: bool,
+    },
     /// The VM has ended; no event follows.
     Stopped {
         /// How.
@@ -179,6 +186,8 @@ pub struct VmConfig {
     pub balloon: bool,
     /// Whether there is a PS/2 keyboard.
     pub keyboard: bool,
+    /// Whether the VM's life goes into a recording, or comes from one. The engine is the one in software.
+    pub recording: Option<RecordingConfig>,
     /// What a reset does.
     pub on_reset: OnReset,
     /// What a guest panic does.
@@ -222,6 +231,18 @@ pub enum BootConfig {
         /// Put behind the command line.
         append: String,
     },
+    /// What the recording has.
+    Recording,
+}
+
+/// A recording, open.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecordingConfig {
+    /// An empty file, for writing.
+    Record(FdIndex),
+    /// A recording from its first byte; the machine has no devices but a serial console.
+    Replay(FdIndex),
 }
 
 /// GDB's way to the guest.

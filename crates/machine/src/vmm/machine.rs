@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::config::{ResetCause, StopReason};
+use super::recording::{cause_number, reason_number};
 use super::vcpus::Vcpus;
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::boot::disk::{self, BlockRead, Choice};
@@ -25,6 +27,8 @@ use crate::boot::{self, BootError, BootFile, Entry, LoadRequest};
 use crate::device::{Device, DeviceError};
 use crate::engine::{Engine, EngineError};
 use crate::memory::{self, GuestMemory};
+use crate::recording::ReplayError;
+use crate::soft::turns::{TurnError, Turns};
 
 /// A device as the machine holds it.
 pub type SharedDevice = Arc<Mutex<dyn Device>>;
@@ -57,7 +61,7 @@ pub enum BootSource {
 #[derive(Clone, Debug)]
 pub struct Booted {
     /// `pvh` or `linux64`.
-    pub protocol: &'static str,
+    pub protocol: String,
     /// The boot entry's title.
     pub entry: Option<String>,
     /// The command line.
@@ -85,6 +89,9 @@ pub enum MachineError {
     /// Guest memory cannot be given back to the host.
     #[error("cannot clear guest memory: {0}")]
     Memory(#[source] std::io::Error),
+    /// A recording fails.
+    #[error(transparent)]
+    Recording(#[from] TurnError),
     /// A file that is open cannot be opened once more.
     #[error("cannot duplicate the boot file's descriptor: {0}")]
     Duplicate(#[source] std::io::Error),
@@ -97,12 +104,15 @@ pub struct Machine {
     pub(super) vcpus: Vcpus,
     /// In the order in which they start, pause last to first.
     pub(super) devices: Vec<SharedDevice>,
-    pub(super) boot: BootSource,
+    /// Nothing: what its recording has.
+    pub(super) boot: Option<BootSource>,
     /// What the ACPI tables say; they are written anew after each reset.
     pub(super) acpi: AcpiConfig,
     pub(super) running: bool,
     /// The devices stand still, too.
     pub(super) devices_paused: bool,
+    /// Where the vCPUs take turns.
+    pub(super) turns: Option<Arc<Turns>>,
 }
 
 fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn Device + 'static> {
@@ -117,8 +127,21 @@ impl Machine {
     ///
     /// What cannot be loaded.
     pub fn boot(&mut self) -> Result<Booted, MachineError> {
+        match (&self.boot, &self.turns) {
+            (None, Some(turns)) => {
+                let (loaded, states) = turns.replay_boot(self.vcpus.len())?;
+                self.vcpus
+                    .for_each(|index, vcpu| vcpu.restore(&states[index]))?;
+                Ok(loaded.into())
+            }
+            (None, None) => Err(TurnError::from(ReplayError::NoRecording).into()),
+            (Some(source), _) => self.load(source.open()?),
+        }
+    }
+
+    fn load(&self, opened: Opened) -> Result<Booted, MachineError> {
         let rsdp = acpi::write(&self.acpi, &self.memory)?;
-        let (kernel, initrd, booted_entry, command_line) = self.boot.open()?;
+        let (kernel, initrd, booted_entry, command_line) = opened;
         let ram = self.memory.iter().map(GuestMemoryRegion::len).sum();
         let request = LoadRequest {
             kernel,
@@ -129,6 +152,7 @@ impl Machine {
             zeroed: true,
         };
         let entry = boot::load(&self.memory, request)?;
+        let mut states = Vec::new();
         self.vcpus.for_each(|index, vcpu| {
             let mut state = vcpu.save()?;
             state.set_up_as_firmware();
@@ -137,17 +161,23 @@ impl Machine {
             }
             // All of them, the first one first: a restored counter of time is one that the others
             // are synchronized with, and a guest trusts its clock only if all are.
-            vcpu.restore(&state)
+            vcpu.restore(&state)?;
+            states.push(state);
+            Ok(())
         })?;
         let protocol = match entry {
             Entry::Pvh { .. } => "pvh",
             Entry::Linux64 { .. } => "linux64",
         };
-        Ok(Booted {
-            protocol,
+        let booted = Booted {
+            protocol: protocol.to_owned(),
             entry: booted_entry,
             cmdline: command_line,
-        })
+        };
+        if let Some(turns) = &self.turns {
+            turns.record_boot((&booted).into(), &states)?;
+        }
+        Ok(booted)
     }
 
     /// Starts the devices, once.
@@ -230,7 +260,7 @@ impl Machine {
     /// # Errors
     ///
     /// What cannot be reset or loaded; the machine cannot go on then.
-    pub fn reset(&mut self) -> Result<Booted, MachineError> {
+    pub fn reset(&mut self, cause: ResetCause) -> Result<Booted, MachineError> {
         self.vcpus.pause();
         self.running = false;
         self.devices_paused = false;
@@ -243,7 +273,29 @@ impl Machine {
             memory::discard(&self.memory, region.start_addr(), region.len())
                 .map_err(MachineError::Memory)?;
         }
+        if let Some(turns) = self.turns.as_ref().filter(|turns| !turns.replays()) {
+            turns.record_reset(cause_number(cause))?;
+        }
         self.boot()
+    }
+
+    /// Ends a recording, if there is one: the machine stops here. Without devices' last writes, which no
+    /// vCPU has seen, it would not be whole.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be recorded.
+    pub(super) fn close_recording(&mut self, reason: StopReason) -> Result<(), MachineError> {
+        let Some(turns) = self.turns.clone().filter(|turns| !turns.replays()) else {
+            return Ok(());
+        };
+        self.vcpus.pause();
+        for device in self.devices.iter().rev() {
+            lock(device).pause()?;
+        }
+        turns.record_rest()?;
+        let sums = self.sums()?;
+        Ok(turns.record_end(reason_number(reason), sums.vcpus, sums.memory)?)
     }
 
     /// Whether the vCPUs run.

@@ -21,16 +21,21 @@ use super::channel::{Attachments, Channel, Received};
 use super::config::{FromVm, OnPanic, OnReset, ResetCause, StopReason, ToVm, VmConfig, VmEvent};
 use super::control::{Answer, Command, ErrorCode, Request, Response, RunState, VmState};
 use super::debug::Debugger;
-use super::machine::{Booted, Machine};
+use super::machine::{Booted, Machine, MachineError};
 use super::notice::{Mailbox, Notice};
 use super::process::ProcessError;
+use super::recording::{self, Sums};
 use super::server::{Incoming, Server};
 use super::vcpus::EndCause;
 use crate::bus::{Buses, lock};
 use crate::legacy::PowerEvent;
+use crate::soft::turns::Mark;
 
 /// How the machine's run ended; the process's main loop watches it.
 pub(super) type End = Rc<Cell<Option<Result<StopReason, ProcessError>>>>;
+
+/// Why a replay takes no orders.
+const REPLAYS: &str = "a replay does what its recording says";
 
 /// Where the operator hears of things and where it tells of them.
 pub(super) struct Links {
@@ -79,9 +84,64 @@ impl Operator {
         }
     }
 
-    fn finish(&self, result: Result<StopReason, ProcessError>) {
+    fn replays(&self) -> bool {
+        let turns = self.machine.turns.as_ref();
+        turns.is_some_and(|turns| turns.replays())
+    }
+
+    /// Does what a replayed recording has for the machine as a whole.
+    fn follow_recording(&mut self) -> Result<(), MachineError> {
+        let Some(turns) = self.machine.turns.clone() else {
+            return Ok(());
+        };
+        let compared = match turns.replay_mark()? {
+            Mark::Reset { cause } => {
+                self.reset(recording::cause(cause));
+                return Ok(());
+            }
+            Mark::Cut => {
+                self.warn("the recording was not closed: it ends here".to_owned());
+                self.finish(Ok(StopReason::Stopped));
+                false
+            }
+            Mark::End {
+                reason,
+                vcpus,
+                memory,
+            } => {
+                self.machine.vcpus.pause();
+                let sums = self.machine.sums()?;
+                if sums != (Sums { vcpus, memory }) {
+                    self.warn(format!(
+                        "the replay ends otherwise than the recording: {sums:x?}, not vcpus \
+                         {vcpus:x}, memory {memory:x}"
+                    ));
+                    self.finish(Ok(StopReason::EngineFailed));
+                    return Ok(());
+                }
+                self.finish(Ok(recording::reason(reason)));
+                true
+            }
+        };
+        self.event(VmEvent::Replayed {
+            position: turns.position(),
+            compared,
+        });
+        Ok(())
+    }
+
+    fn finish(&mut self, result: Result<StopReason, ProcessError>) {
         // The first reason counts: what follows it is the machine falling down.
-        let result = self.links.end.take().unwrap_or(result);
+        let first = self.links.end.take();
+        let result = match (first, result) {
+            (Some(first), _) => first,
+            (None, Ok(reason)) => self
+                .machine
+                .close_recording(reason)
+                .map(|()| reason)
+                .map_err(ProcessError::from),
+            (None, Err(error)) => Err(error),
+        };
         self.links.end.set(Some(result));
     }
 
@@ -114,6 +174,10 @@ impl Operator {
             Notice::Power(PowerEvent::GuestShutdown) => {}
             Notice::VcpuEnd(end) => match (end.cause, self.config.on_reset) {
                 (EndCause::TripleFault, OnReset::Reboot) => self.reset(ResetCause::TripleFault),
+                (EndCause::Recorded, _) => {
+                    let done = self.follow_recording();
+                    done.unwrap_or_else(|error| self.finish(Err(error.into())));
+                }
                 (EndCause::Debug, _) => {
                     let stopped = self.debugger.stopped(&mut self.machine, end.index);
                     stopped.unwrap_or_else(|error| self.finish(Err(error.into())));
@@ -146,7 +210,7 @@ impl Operator {
 
     fn reset(&mut self, cause: ResetCause) {
         self.event(VmEvent::Reset { cause });
-        match self.machine.reset() {
+        match self.machine.reset(cause) {
             Ok(booted) => {
                 self.resets += 1;
                 // What was asked of the machine before its reset concerns the machine before it.
@@ -193,6 +257,9 @@ impl Operator {
                     lock(console).resize(columns, rows);
                 }
             }
+            ToVm::PowerButton | ToVm::Reset if self.replays() => {
+                self.warn(REPLAYS.to_owned());
+            }
             ToVm::PowerButton => self.press_power_button(),
             ToVm::Reset => self.reset(ResetCause::Control),
             ToVm::Stop => self.finish(Ok(StopReason::Stopped)),
@@ -228,6 +295,14 @@ impl Operator {
 
     /// Does what a client asks. The answer to a stop is sent before the machine falls.
     fn execute(&mut self, command: &Command) -> Result<Answer, (ErrorCode, String)> {
+        if self.replays()
+            && matches!(
+                command,
+                Command::Reset | Command::PowerButton | Command::Balloon { .. }
+            )
+        {
+            return Err((ErrorCode::Failed, REPLAYS.to_owned()));
+        }
         let failed = |error: super::machine::MachineError| (ErrorCode::Failed, error.to_string());
         match command {
             Command::State => return Ok(Answer::State(self.state())),

@@ -61,6 +61,8 @@ pub enum EndCause {
     TripleFault,
     /// A debugger's breakpoint or step.
     Debug,
+    /// A replayed recording has something for the machine as a whole.
+    Recorded,
     /// The engine says why.
     Failed(String),
 }
@@ -257,6 +259,7 @@ impl Shared {
                 Exit::Kicked => {}
                 Exit::TripleFault => return Ok(Some(EndCause::TripleFault)),
                 Exit::Debug => return Ok(Some(EndCause::Debug)),
+                Exit::Recorded => return Ok(Some(EndCause::Recorded)),
                 Exit::Fatal(reason) => return Ok(Some(EndCause::Failed(reason))),
             }
         }

@@ -37,6 +37,7 @@ fn soft(memory: GuestMemory) -> Box<dyn Engine> {
         memory,
         vcpus: 1,
         profile: CpuProfile::Host,
+        turns: None,
     };
     Box::new(SoftEngine::new(config).unwrap())
 }

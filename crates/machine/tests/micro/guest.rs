@@ -328,6 +328,7 @@ impl Guest {
             },
             Exit::Fatal(reason) => std::panic::panic_any(Fatal(reason)),
             Exit::Debug => panic!("nobody debugs it"),
+            Exit::Recorded => panic!("nobody replays it"),
         }
     }
 

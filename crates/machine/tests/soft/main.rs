@@ -28,6 +28,7 @@ fn make_engine(
         memory: memory.clone(),
         vcpus,
         profile,
+        turns: None,
     };
     Some(SoftEngine::new(config).map(|engine| Arc::new(engine) as Arc<dyn Engine>))
 }

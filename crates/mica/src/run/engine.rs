@@ -57,9 +57,13 @@ struct Probed {
 ///
 /// # Errors
 ///
-/// KVM was asked for and is not there or not fit, and why.
-pub(crate) fn choose(choice: EngineChoice) -> Result<Engine, Box<dyn Error>> {
+/// KVM was asked for and is not there or not fit, and why. `counted`: the run is recorded or replayed.
+pub(crate) fn choose(choice: EngineChoice, counted: bool) -> Result<Engine, Box<dyn Error>> {
     match choice {
+        EngineChoice::Kvm if counted => {
+            Err("engine kvm: only the processor in software can be recorded".into())
+        }
+        _ if counted => Ok(Engine::soft("it counts instructions")),
         EngineChoice::Soft => Ok(Engine::soft("asked for")),
         EngineChoice::Kvm => Ok(choose_kvm().map_err(|error| {
             format!("engine kvm: {error}; --engine soft needs nothing of the host")

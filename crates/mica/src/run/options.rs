@@ -20,7 +20,7 @@ use mica_machine::vmm::config::{OnPanic, OnReset};
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// An image's name, or the path of a bootable disk image or block device.
-    #[arg(required_unless_present = "kernel")]
+    #[arg(required_unless_present_any = ["kernel", "replay"])]
     pub(crate) image: Option<String>,
 
     /// The kernel to boot: bzImage or ELF.
@@ -79,6 +79,18 @@ pub(crate) struct Options {
     /// With --gdb: the guest waits for a debugger to let it run.
     #[arg(long, requires = "gdb")]
     pub(crate) gdb_wait: bool,
+
+    /// Run on the processor in software, one vCPU at a time, by the count of instructions, and write
+    /// everything that reaches the guest from outside to a new file.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["networks", "gdb"])]
+    pub(crate) record: Option<PathBuf>,
+
+    /// Run once more what was recorded, bit for bit, without its disks and devices.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "record", "image", "kernel", "cmdline", "append", "disks", "networks", "ephemeral", "vsock",
+        "cpus", "memory", "cpu_profile", "engine", "gdb", "console_device", "keyboard", "no_balloon",
+    ])]
+    pub(crate) replay: Option<PathBuf>,
 
     /// The processor the guest sees.
     #[arg(long, value_name = "PROFILE", default_value_t, value_parser = cpu_profiles())]

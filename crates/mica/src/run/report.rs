@@ -86,6 +86,11 @@ impl Reporter {
             VmEvent::BackendRestored { device } => {
                 Some(format!("{name}: {device} has a backend again"))
             }
+            VmEvent::Replayed { position, compared } => Some(if *compared {
+                format!("{name}: replayed {position} units; vCPUs and memory are as recorded")
+            } else {
+                format!("{name}: replayed {position} units")
+            }),
             VmEvent::Warning { message } => Some(format!("{name}: {message}")),
             VmEvent::Stopped { reason } => Some(format!("{name} {}", how_it_ended(*reason))),
         };

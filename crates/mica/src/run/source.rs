@@ -27,6 +27,8 @@ pub(crate) enum Source {
         /// What `disk` is the path of, where it is a copy.
         copy: Option<EphemeralDisk>,
     },
+    /// A recording, which is opened elsewhere.
+    Recording,
 }
 
 impl Source {
@@ -44,13 +46,18 @@ impl Source {
                     *disk = made.path();
                     *copy = Some(made);
                 }
-                Self::Kernel { .. } => return Err("--ephemeral: there is no disk to copy".into()),
+                Self::Kernel { .. } | Self::Recording => {
+                    return Err("--ephemeral: there is no disk to copy".into());
+                }
             }
         }
         Ok(source)
     }
 
     fn find(options: &Options) -> Result<Self, Box<dyn Error>> {
+        if options.replay.is_some() {
+            return Ok(Self::Recording);
+        }
         if let Some(kernel) = &options.kernel {
             if options.image.is_some() {
                 return Err("give an image or --kernel, not both".into());
@@ -114,7 +121,7 @@ impl Source {
     pub(crate) fn disk(&self) -> Option<&Path> {
         match self {
             Self::Disk { disk, .. } => Some(disk),
-            Self::Kernel { .. } => None,
+            Self::Kernel { .. } | Self::Recording => None,
         }
     }
 
@@ -122,6 +129,7 @@ impl Source {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Kernel { name, .. } | Self::Disk { name, .. } => name.clone(),
+            Self::Recording => "replay".to_owned(),
         }
     }
 
@@ -142,6 +150,7 @@ impl Source {
         };
         let append = options.append.clone().unwrap_or_default();
         match self {
+            Self::Recording => Ok(BootConfig::Recording),
             Self::Kernel {
                 kernel,
                 initrd,

@@ -14,6 +14,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::frontend::Frontend;
@@ -134,6 +135,35 @@ impl Block {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.frontend.is_connected()
+    }
+
+    /// Whether the backend has served all that the driver has asked for.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.frontend.active().is_none_or(Active::is_idle)
+    }
+
+    /// From now on the backend works only between [`Block::work`] and the next pause.
+    ///
+    /// # Errors
+    ///
+    /// It does not come to rest.
+    pub fn hold(&mut self) -> Result<(), DeviceError> {
+        self.frontend.hold()
+    }
+
+    /// Lets a backend work that is [held](Block::hold).
+    pub fn work(&mut self) {
+        self.frontend.work();
+    }
+
+    /// Where the backend may write for requests that it has not begun: guest addresses and lengths. The
+    /// device is paused.
+    #[must_use]
+    pub fn targets(&self) -> Vec<(GuestAddress, u64)> {
+        self.frontend
+            .active()
+            .map_or_else(Vec::new, Active::targets)
     }
 
     /// Has the backend note what it writes in `fd`: one bit for each 4 KiB page of guest physical

@@ -30,8 +30,10 @@ pub(super) struct Frontend {
     link: Option<Link>,
     /// The backend on `link` works on the rings of `active`.
     serving: bool,
-    /// The machine is not paused.
+    /// The backend may work.
     running: bool,
+    /// It may not even when the machine is not paused, unless [`Frontend::work`] says so.
+    held: bool,
     offered: u64,
     /// The backend's configuration space, as last read.
     config: Vec<u8>,
@@ -68,6 +70,7 @@ impl Frontend {
             patience,
             serving: false,
             running: true,
+            held: false,
             offered: link.features(&profile),
             config: link.config.clone(),
             queues: 1,
@@ -294,8 +297,21 @@ impl Frontend {
     }
 
     pub(super) fn resume(&mut self) {
+        if !self.held {
+            self.work();
+        }
+    }
+
+    /// Lets the backend work until the next [`Frontend::pause`].
+    pub(super) fn work(&mut self) {
         self.running = true;
         self.serve();
+    }
+
+    /// From now on the backend works only when [`Frontend::work`] says so.
+    pub(super) fn hold(&mut self) -> Result<(), DeviceError> {
+        self.held = true;
+        self.pause()
     }
 
     /// Sets which rings the backend may work on.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::message::FrontendReq;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::handshake::{F_LOG_ALL, F_PROTOCOL_FEATURES, Link};
@@ -220,6 +220,33 @@ impl Active {
         Ok(())
     }
 
+    /// Whether the backend has completed all that the driver has asked for, as far as the rings say.
+    pub(super) fn is_idle(&self) -> bool {
+        self.rings().all(|(_, ring)| {
+            let avail = ring.queue.avail_idx(&self.memory, Ordering::Acquire);
+            avail.ok().map(|index| index.0) == self.used_index(ring).ok()
+        })
+    }
+
+    /// Where the backend may write for what the driver has asked for and it has not begun: address and
+    /// length.
+    pub(super) fn targets(&self) -> Vec<(GuestAddress, u64)> {
+        let mut targets = Vec::new();
+        for (queue, (_, ring)) in self.queues().into_iter().flatten().zip(self.rings()) {
+            let mut queue = queue;
+            // Flags, index, elements, the event that suppresses notifications.
+            let used_len = 6 + 8 * u64::from(ring.queue.size());
+            targets.push((GuestAddress(ring.queue.used_ring()), used_len));
+            // A ring that is none has no chains; the backend will see that, too.
+            let Ok(chains) = queue.iter(&self.memory) else {
+                continue;
+            };
+            let buffers = chains.flat_map(DescriptorChain::writable);
+            targets.extend(buffers.map(|buffer| (buffer.addr(), u64::from(buffer.len()))));
+        }
+        targets
+    }
+
     /// Gives the backend time to complete all that the driver has asked for.
     ///
     /// The protocol has a backend finish its requests before it answers `GET_VRING_BASE`, but those
@@ -227,11 +254,7 @@ impl Active {
     /// gone for good where no in-flight region remembers it.
     fn quiesce(&self) {
         let deadline = Deadline::after(QUIESCE);
-        let busy = |ring: &Ring| {
-            let avail = ring.queue.avail_idx(&self.memory, Ordering::Acquire);
-            avail.ok().map(|index| index.0) != self.used_index(ring).ok()
-        };
-        while self.rings().any(|(_, ring)| busy(ring)) && deadline.remaining().is_some() {
+        while !self.is_idle() && deadline.remaining().is_some() {
             std::thread::sleep(DRAIN_POLL);
         }
     }
