@@ -49,3 +49,4 @@ pub use error::{Exception, Vector};
 pub use memory::{Ram, RamRange};
 pub use processor::{Environment, Meter, Processor, Stop};
 pub use state::{DescriptorTable, FxState, Mode, Segment, SegmentName, State};
+pub use system::Hypercall;

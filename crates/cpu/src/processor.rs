@@ -11,7 +11,7 @@ use crate::interpret::Ended;
 use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
 use crate::state::{Mode, SegmentName, State, rflags, slot};
-use crate::system::{Hits, TripleFault};
+use crate::system::{Hits, Hypercall, TripleFault};
 use crate::translate::{BlockCache, CodeRights, Key};
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
@@ -77,6 +77,11 @@ pub trait Environment {
     /// Whether an NMI waits; it is taken.
     fn take_nmi(&self) -> bool {
         false
+    }
+    /// VMCALL or VMMCALL: what the guest finds in RAX. Nothing means #UD, as where no hypervisor is.
+    fn hypercall(&self, call: &Hypercall) -> Option<u64> {
+        let _ = call;
+        None
     }
 }
 

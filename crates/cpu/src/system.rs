@@ -11,6 +11,7 @@ mod debug;
 mod deliver;
 mod descriptor;
 mod far_return;
+mod hypercall;
 mod interrupt_return;
 mod msr;
 mod port;
@@ -30,6 +31,7 @@ use crate::state::{Segment, SegmentName, rflags};
 
 pub(crate) use debug::Hits;
 pub(crate) use deliver::TripleFault;
+pub use hypercall::Hypercall;
 
 /// The registers of data segments but for SS, in the order in which IRET pops them.
 const DATA_SEGMENTS: [SegmentName; 4] = [
@@ -94,6 +96,7 @@ impl Processor {
             .or_else(|| self.far_instruction(env, instruction))
             .or_else(|| self.interrupt_instruction(env, instruction))
             .or_else(|| self.msr_instruction(env, instruction))
+            .or_else(|| self.hypercall_instruction(env, instruction))
             .or_else(|| self.table_instruction(env, instruction))
             .or_else(|| self.descriptor_query(env, instruction))
     }

@@ -1,6 +1,7 @@
 //! Small programs through translator, cache and interpreter.
 
 mod dirty;
+mod hypercall;
 mod paging;
 mod smp;
 

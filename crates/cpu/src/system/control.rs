@@ -47,12 +47,6 @@ impl Processor {
             Mnemonic::Sti => self.change_interrupts(true),
             Mnemonic::Clac => self.change_alignment(env, 0),
             Mnemonic::Stac => self.change_alignment(env, rflags::AC),
-            // What a guest asks of KVM by hypercalls is not there: -ENOSYS, as KVM says it.
-            Mnemonic::Vmcall | Mnemonic::Vmmcall => {
-                const ENOSYS: i64 = 1000;
-                self.require_supervisor()
-                    .map(|()| self.state.set_register(0, -ENOSYS as u64))
-            }
             _ => return None,
         };
         Some(done.map(|()| Flow::Next))
