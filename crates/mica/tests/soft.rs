@@ -36,6 +36,9 @@ fn tiny_lives_a_whole_life(vcpus: u32) {
         vm.shell(TINY, "echo $((6 * 7))", STEP)
             .contains("\r\n42\r\n")
     );
+    if vcpus > 1 {
+        uses_what_kvm_has(&mut vm);
+    }
     // What the guest measures of its own clock must be a second of ours, more or less.
     let before = Instant::now();
     vm.shell(TINY, "sleep 2", STEP);
@@ -53,6 +56,21 @@ fn tiny_lives_a_whole_life(vcpus: u32) {
             "{said}: {}",
             vm.transcript()
         );
+    }
+}
+
+/// A kernel with several processors finds KVM's paravirtual features and uses them.
+fn uses_what_kvm_has(vm: &mut console::Vm) {
+    let log = vm.shell(TINY, "dmesg", STEP);
+    for said in [
+        "Hypervisor detected: KVM",
+        "kvm-clock: using sched offset",
+        "kvm-guest: PV spinlocks enabled",
+        "kvm-guest: setup PV IPIs",
+        "kvm-guest: setup PV sched yield",
+        "kvm-guest: KVM setup pv remote TLB flush",
+    ] {
+        assert!(log.contains(said), "{said}: {log}");
     }
 }
 

@@ -17,14 +17,6 @@ const PROTECTION: [&str; 8] = [
     "intel_stibp",
     "arch_capabilities",
 ];
-/// Of KVM's paravirtual interface.
-const CLOCKS: [&str; 5] = [
-    "kvmclock_old",
-    "nop_io_delay",
-    "kvmclock",
-    "steal_time",
-    "kvmclock_stable",
-];
 
 /// IA32_ARCH_CAPABILITIES (SDM volume 4, table 2-2): not susceptible to anything that it can name, and
 /// restricted speculation is always on.
@@ -79,7 +71,7 @@ impl CpuidTable {
             .iter()
             .chain(V2)
             .chain(HARDENING.iter().filter(chosen(&PROTECTION)))
-            .chain(PARAVIRTUAL.iter().filter(chosen(&CLOCKS)));
+            .chain(PARAVIRTUAL);
         for feature in features {
             table.add(feature);
         }
@@ -137,12 +129,7 @@ mod tests {
 
     #[test]
     fn every_name_is_a_feature() {
-        let known = |name: &&str| {
-            HARDENING
-                .iter()
-                .chain(PARAVIRTUAL)
-                .any(|feature| feature.name == *name)
-        };
-        assert!(PROTECTION.iter().chain(&CLOCKS).all(known));
+        let known = |name: &&str| HARDENING.iter().any(|feature| feature.name == *name);
+        assert!(PROTECTION.iter().all(known));
     }
 }

@@ -333,6 +333,7 @@ fn from_kvm_events(events: &kvm_vcpu_events, payload: bool) -> PendingEvents {
         init_latched: events.smi.latched_init != 0,
         triple_fault: events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0
             && events.triple_fault.pending != 0,
+        kicked: false,
     }
 }
 

@@ -3,11 +3,12 @@
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering;
 
-use mica_cpu::Environment;
+use mica_cpu::{Environment, Hypercall};
 
 use super::clock::{Instant, PvClock};
 use super::engine::Shared;
 use super::msr::StoredMsrs;
+use super::paravirtual::{self, Paravirtual};
 use super::platform::Platform;
 use super::tsc::Tsc;
 use crate::cpu_profile::CpuidTable;
@@ -22,6 +23,7 @@ pub(super) struct Local {
     pub(super) cpuid: CpuidTable,
     pub(super) msrs: RefCell<StoredMsrs>,
     pub(super) pv_clock: RefCell<PvClock>,
+    pub(super) paravirtual: Paravirtual,
     /// A copy of the local APIC's, for RDTSC.
     pub(super) tsc: Cell<Tsc>,
     /// Where the local APIC's page is, if it is anywhere.
@@ -99,6 +101,7 @@ impl Board<'_> {
     fn read_memory(&self, address: u64, data: &mut [u8]) {
         let apic = self.local.apic_page.get();
         if let Some(offset) = apic.and_then(|page| Self::in_page(address, page)) {
+            self.settle_eoi();
             let now = self.shared.now_ns();
             self.platform()
                 .read_local_apic(self.vcpu, offset, data, now);
@@ -154,6 +157,7 @@ impl Environment for Board<'_> {
         let data = &bytes[..usize::from(size).min(8)];
         let apic = self.local.apic_page.get();
         if let Some(offset) = apic.and_then(|page| Self::in_page(address, page)) {
+            self.settle_eoi();
             let now = self.shared.now_ns();
             self.platform()
                 .write_local_apic(self.vcpu, offset, data, now);
@@ -188,11 +192,14 @@ impl Environment for Board<'_> {
 
     fn read_msr(&self, index: u32) -> Option<u64> {
         if Platform::owns_msr(index) {
+            self.settle_eoi();
             self.platform()
                 .read_msr(self.vcpu, index, self.shared.now_ns())
                 .ok()
         } else if PvClock::owns_msr(index) {
             self.local.pv_clock.borrow().read_msr(index).ok()
+        } else if let Some(value) = self.local.paravirtual.read_msr(index) {
+            Some(value)
         } else {
             let known = self.local.msrs.borrow().read(index);
             if known.is_none() {
@@ -204,6 +211,7 @@ impl Environment for Board<'_> {
 
     fn write_msr(&self, index: u32, value: u64) -> bool {
         if Platform::owns_msr(index) {
+            self.settle_eoi();
             let now = self.shared.now_ns();
             let written = self.platform().write_msr(self.vcpu, index, value, now);
             let page = self.platform().local_apic_address(self.vcpu);
@@ -216,6 +224,9 @@ impl Environment for Board<'_> {
             let memory = &self.shared.memory;
             let mut clock = self.local.pv_clock.borrow_mut();
             return clock.write_msr(index, value, memory, &instant).is_ok();
+        }
+        if paravirtual::MSRS.contains(&index) {
+            return self.write_paravirtual_msr(index, value).is_ok();
         }
         let mut msrs = self.local.msrs.borrow_mut();
         if msrs.read(index).is_none() {
@@ -238,7 +249,7 @@ impl Environment for Board<'_> {
         if acknowledged.is_some() {
             acknowledged
         } else if self.platform().is_pending(self.vcpu) {
-            self.platform().acknowledge(self.vcpu)
+            self.acknowledge_local()
         } else {
             None
         }
@@ -246,5 +257,11 @@ impl Environment for Board<'_> {
 
     fn take_nmi(&self) -> bool {
         self.local.nmi_pending.take()
+    }
+
+    fn hypercall(&self, call: &Hypercall) -> Option<u64> {
+        let answer = self.answer(call).cast_unsigned();
+        self.look_for_interrupts();
+        Some(answer)
     }
 }

@@ -1,8 +1,5 @@
-//! The paravirtual clock and steal time that KVM offers its guests (`Documentation/virt/kvm/x86/
-//! msr.rst` in the kernel's source).
-//!
-//! PV EOI (MSR 0x4b564d04) and asynchronous page faults are not here: a guest must not be shown
-//! their CPUID bits.
+//! The paravirtual clock that KVM offers its guests (`Documentation/virt/kvm/x86/msr.rst` in the kernel's
+//! source).
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -24,13 +21,10 @@ pub mod msr {
     pub const WALL_CLOCK: u32 = 0x4b56_4d00;
     /// `MSR_KVM_SYSTEM_TIME_NEW`.
     pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
-    /// `MSR_KVM_STEAL_TIME`.
-    pub const STEAL_TIME: u32 = 0x4b56_4d03;
 }
 
-/// Bit 0 of system time's and steal time's MSR.
+/// Bit 0 of system time's MSR.
 const ENABLED: u64 = 1;
-const STEAL_RESERVED: u64 = 0x3e;
 const NS_PER_SECOND: u64 = 1_000_000_000;
 /// Flags of the time structure: the counters of all vCPUs agree.
 const TSC_STABLE: u8 = 1;
@@ -92,9 +86,7 @@ pub struct Instant {
 pub struct PvClock {
     wall_clock: u64,
     system_time: u64,
-    steal_time: u64,
     version: u32,
-    stolen_ns: u64,
 }
 
 impl PvClock {
@@ -103,11 +95,7 @@ impl PvClock {
     pub fn owns_msr(msr: u32) -> bool {
         matches!(
             msr,
-            msr::WALL_CLOCK_OLD
-                | msr::SYSTEM_TIME_OLD
-                | msr::WALL_CLOCK
-                | msr::SYSTEM_TIME
-                | msr::STEAL_TIME
+            msr::WALL_CLOCK_OLD | msr::SYSTEM_TIME_OLD | msr::WALL_CLOCK | msr::SYSTEM_TIME
         )
     }
 
@@ -120,7 +108,6 @@ impl PvClock {
         match msr {
             msr::WALL_CLOCK_OLD | msr::WALL_CLOCK => Ok(self.wall_clock),
             msr::SYSTEM_TIME_OLD | msr::SYSTEM_TIME => Ok(self.system_time),
-            msr::STEAL_TIME => Ok(self.steal_time),
             _ => Err(Refused),
         }
     }
@@ -129,7 +116,7 @@ impl PvClock {
     ///
     /// # Errors
     ///
-    /// It is none of these, or a reserved bit is set.
+    /// It is none of these.
     pub fn write_msr(
         &mut self,
         msr: u32,
@@ -145,13 +132,6 @@ impl PvClock {
             msr::SYSTEM_TIME_OLD | msr::SYSTEM_TIME => {
                 self.system_time = value;
                 self.update(memory, instant, false);
-            }
-            msr::STEAL_TIME => {
-                if value & STEAL_RESERVED != 0 {
-                    return Err(Refused);
-                }
-                self.steal_time = value;
-                self.add_steal(0, memory);
             }
             _ => return Err(Refused),
         }
@@ -188,28 +168,6 @@ impl PvClock {
         body[25] = flags;
         self.version = (self.version | 1).wrapping_add(1);
         write_versioned(memory, address, self.version, &body);
-    }
-
-    /// The vCPU wanted to run for that long and could not.
-    pub fn add_steal(&mut self, stolen_ns: u64, memory: &GuestMemory) {
-        self.stolen_ns = self.stolen_ns.wrapping_add(stolen_ns);
-        if self.steal_time & ENABLED == 0 {
-            return;
-        }
-        const VERSION: u64 = 8;
-        let address = GuestAddress(self.steal_time & !(STEAL_RESERVED | ENABLED));
-        let Some(version_at) = address.0.checked_add(VERSION).map(GuestAddress) else {
-            return;
-        };
-        let Ok(version) = memory.read_obj::<u32>(version_at) else {
-            return;
-        };
-        let odd = version | 1;
-        let _ = memory.store(odd, version_at, Ordering::Relaxed);
-        fence(Ordering::Release);
-        let _ = memory.write_obj(self.stolen_ns, address);
-        fence(Ordering::Release);
-        let _ = memory.store(odd.wrapping_add(1), version_at, Ordering::Release);
     }
 }
 

@@ -5,6 +5,7 @@
 //! has to do to others is its [`Effect`], which the caller carries out.
 
 mod destination;
+mod paravirtual;
 mod registers;
 
 use crate::engine::state::LOCAL_APIC_PAGE;
@@ -89,6 +90,8 @@ pub struct Events {
     pub nmi: bool,
     /// A system management interrupt.
     pub smi: bool,
+    /// A kick: HLT ends, now or the next time.
+    pub kick: bool,
 }
 
 /// One local APIC.
@@ -100,6 +103,8 @@ pub struct LocalApic {
     timer: ApicTimer,
     tsc: Tsc,
     events: Events,
+    /// The guest may have ended its interrupt without a word (PV EOI).
+    end_spared: bool,
 }
 
 impl LocalApic {
@@ -113,6 +118,7 @@ impl LocalApic {
             timer: ApicTimer::default(),
             tsc,
             events: Events::default(),
+            end_spared: false,
         };
         apic.reset();
         apic
@@ -146,6 +152,7 @@ impl LocalApic {
             self.registers[index::LVT_LINT0] = LVT_EXTINT;
         }
         self.timer = ApicTimer::default();
+        self.end_spared = false;
     }
 
     /// The page's registers at `now_ns`, in KVM's form.
@@ -196,6 +203,7 @@ impl LocalApic {
         );
         self.timer.set_deadline(deadline_tsc, &self.tsc, now_ns);
         self.events = Events::default();
+        self.end_spared = false;
         Ok(())
     }
 

@@ -65,6 +65,9 @@ const KINDS: &[Kind] = &[
     kind(0x2ff, 0x2ff, 0, Writes::Bits(0xcff)),
     // Machine check banks: control, status, address, miscellaneous.
     kind(MC0_CTL, MC0_CTL + 4 * BANKS - 1, 0, Writes::Bits(u64::MAX)),
+    // KVM's MSR_KVM_POLL_CONTROL: whether the host may poll before it lets a halted vCPU sleep. It
+    // never does here, so both answers are kept.
+    kind(0x4b56_4d05, 0x4b56_4d05, 1, Writes::Bits(1)),
 ];
 
 /// One vCPU's registers of this kind.

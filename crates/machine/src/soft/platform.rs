@@ -7,6 +7,7 @@
 //!
 //! A vCPU's thread looks at [`Platform::is_pending`], one atomic load, between instructions.
 
+mod paravirtual;
 mod state;
 
 pub use state::LocalApicState;
@@ -238,6 +239,10 @@ impl Platform {
 
     /// The vCPU takes an interrupt: its vector, if there is one. As on KVM the 8259s come first.
     pub fn acknowledge(&self, vcpu: usize) -> Option<u8> {
+        self.acknowledge_sparing_end(vcpu, || false)
+    }
+
+    fn acknowledge_extint(&self, vcpu: usize) -> Option<u8> {
         if self.pic_output.load(Ordering::Acquire) && self.apic(vcpu).takes_extint() {
             let mut chips = lock(&self.chips);
             // Another vCPU may have been faster.
@@ -247,7 +252,7 @@ impl Platform {
                 return Some(vector);
             }
         }
-        self.change(vcpu, LocalApic::acknowledge)
+        None
     }
 
     /// Whether [`Self::acknowledge`] would give a vector.
@@ -336,7 +341,7 @@ impl Platform {
         let slot = &self.slots[vcpu];
         let extint = self.pic_output.load(Ordering::Acquire) && apic.takes_extint();
         let events = apic.events() != Events::default();
-        let pending = extint || events || apic.deliverable().is_some();
+        let pending = extint || events || apic.may_be_deliverable();
         slot.pending.store(pending, Ordering::Release);
         let deadline = apic.next_deadline().unwrap_or(NEVER);
         deadline < slot.deadline.swap(deadline, Ordering::AcqRel)

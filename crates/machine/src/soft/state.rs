@@ -6,6 +6,7 @@ use super::board::Local;
 use super::clock::msr as pv_msr;
 use super::local_apic::Events;
 use super::msr;
+use super::paravirtual;
 use super::platform::{LocalApicState, MSR_TSC_DEADLINE};
 use super::tsc::Tsc;
 use super::vcpu::SoftVcpu;
@@ -96,6 +97,7 @@ pub(super) fn save(vcpu: &mut SoftVcpu, now_ns: u64) -> VcpuState {
             shadow: if state.shadow { STI_SHADOW } else { 0 },
             nmi_pending: vcpu.local.nmi_pending.get(),
             nmi_masked: state.nmi_blocked,
+            kicked: vcpu.local.paravirtual.kicked.get(),
             ..PendingEvents::default()
         },
         run_state: match vcpu.run_state {
@@ -121,8 +123,12 @@ fn save_msrs(vcpu: &mut SoftVcpu, apic: &LocalApicState) -> Vec<Msr> {
         let value = stored.read(index).unwrap_or_default();
         msrs.push(Msr { index, value });
     }
-    for index in [pv_msr::WALL_CLOCK, pv_msr::SYSTEM_TIME, pv_msr::STEAL_TIME] {
+    for index in [pv_msr::WALL_CLOCK, pv_msr::SYSTEM_TIME] {
         let value = clock.read_msr(index).unwrap_or_default();
+        msrs.push(Msr { index, value });
+    }
+    for index in paravirtual::MSRS {
+        let value = vcpu.local.paravirtual.read_msr(index).unwrap_or_default();
         msrs.push(Msr { index, value });
     }
     msrs.push(Msr {
@@ -163,6 +169,8 @@ pub(super) fn restore(
         run_state => run_state,
     };
     let local = &vcpu.local;
+    local.paravirtual.reset();
+    local.paravirtual.kicked.set(saved.events.kicked);
     local.nmi_pending.set(saved.events.nmi_pending);
     local
         .interrupt
@@ -294,6 +302,10 @@ fn restore_msr(vcpu: &mut SoftVcpu, index: u32, value: u64) -> bool {
         return clock
             .write_msr(index, value, &shared.memory, &instant)
             .is_ok();
+    }
+    if paravirtual::MSRS.contains(&index) {
+        let own = &local.paravirtual;
+        return own.restore_msr(index, value, &shared.memory).is_ok();
     }
     // The deadline came with the local APIC.
     index == MSR_TSC_DEADLINE || local.msrs.borrow_mut().restore(index, value)

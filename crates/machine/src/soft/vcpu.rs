@@ -11,7 +11,9 @@ use super::clock::PvClock;
 use super::engine::Shared;
 use super::local_apic::Events;
 use super::msr::StoredMsrs;
+use super::paravirtual::Paravirtual;
 use super::state;
+use super::steal::Source;
 use super::turns::{Chips, Turn, Turns};
 use crate::cpu_profile::CpuidTable;
 use crate::engine::state::{GeneralRegisters, RunState, VcpuState};
@@ -64,6 +66,11 @@ impl SoftVcpu {
             cpuid,
             msrs: RefCell::new(StoredMsrs::default()),
             pv_clock: RefCell::new(PvClock::default()),
+            paravirtual: Paravirtual::new(if shared.turns.is_some() {
+                Source::Nothing
+            } else {
+                Source::Thread
+            }),
             tsc: Cell::new(shared.platform.tsc(index)),
             apic_page: Cell::new(None),
             nmi_pending: Cell::new(false),
@@ -109,6 +116,9 @@ impl SoftVcpu {
             self.local.nmi_pending.set(true);
             self.processor.state.halted = false;
         }
+        if events.kick {
+            self.unhalt();
+        }
         if events.init {
             self.init();
         }
@@ -129,6 +139,8 @@ impl SoftVcpu {
         self.set_signature();
         self.processor.state_changed();
         self.shared.platform.init_local_apic(self.index);
+        self.local.pv_clock.borrow_mut().reset();
+        self.local.paravirtual.reset();
         self.local.nmi_pending.set(false);
         self.local.interrupt.set(None);
         self.run_state = if self.index == 0 {
@@ -156,7 +168,12 @@ impl SoftVcpu {
     /// a lock-up.
     fn enter(&mut self) {
         self.local.refresh(&self.shared, self.index);
-        if self.entered && self.shared.turns.is_none() {
+        if self.shared.turns.is_some() {
+            // Its time stands still with it.
+            return;
+        }
+        self.arrive_now();
+        if self.entered {
             let instant = self.local.instant(&self.shared);
             let memory = &self.shared.memory;
             let mut clock = self.local.pv_clock.borrow_mut();
@@ -197,7 +214,15 @@ impl SoftVcpu {
             } else {
                 self.processor.run(&board, budget)
             };
-            turns.give_back(self.index, stop != Stop::Attention);
+            let asleep = match stop {
+                Stop::Attention => false,
+                Stop::Halted if !waits && self.is_kicked() => {
+                    turns.meter().add(1);
+                    false
+                }
+                _ => true,
+            };
+            turns.give_back(self.index, asleep);
             match stop {
                 Stop::Attention | Stop::Halted => {}
                 // The recording has what happened then.
@@ -216,6 +241,7 @@ impl SoftVcpu {
         self.shared.platform.reset_local_apic(self.index);
         *self.local.msrs.borrow_mut() = StoredMsrs::default();
         self.local.pv_clock.borrow_mut().reset();
+        self.local.paravirtual.reset();
         self.local.nmi_pending.set(false);
         self.local.interrupt.set(None);
         self.local.refresh(&self.shared, self.index);
@@ -255,9 +281,11 @@ impl Vcpu for SoftVcpu {
                 local: &self.local,
                 vcpu: self.index,
             };
-            match self.processor.run(&board, BUDGET) {
+            let stop = self.processor.run(&board, BUDGET);
+            board.stopped();
+            match stop {
                 Stop::Attention => {}
-                Stop::Halted => self.shared.waker.sleep(self.index),
+                Stop::Halted => self.halt(),
                 Stop::TripleFault => return Ok(Exit::TripleFault),
                 Stop::Debug => return Ok(Exit::Debug),
             }
@@ -273,10 +301,8 @@ impl Vcpu for SoftVcpu {
     }
 
     fn restore(&mut self, saved: &VcpuState) -> Result<(), EngineError> {
-        {
-            let now = self.shared.now_ns();
-            state::restore(self, saved, now)
-        }
+        let now = self.shared.now_ns();
+        state::restore(self, saved, now)
     }
 
     fn set_registers(

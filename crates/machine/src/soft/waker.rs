@@ -11,6 +11,7 @@ use rustix::time::{
 };
 
 use super::platform::{Platform, Wake};
+use super::steal::RousedAt;
 use super::turns::Turns;
 use crate::bus::lock;
 
@@ -24,6 +25,8 @@ struct Sleeper {
     /// Something has happened since the thread looked last.
     signalled: Mutex<bool>,
     changed: Condvar,
+    /// When that began.
+    roused_at: RousedAt,
 }
 
 /// All vCPUs of a machine, and the timer for the chips' next deadline.
@@ -70,7 +73,12 @@ impl Waker {
         if let Some(attention) = sleeper.attention.get() {
             attention.store(true, Ordering::SeqCst);
         }
-        *lock(&sleeper.signalled) = true;
+        let mut signalled = lock(&sleeper.signalled);
+        if !*signalled {
+            *signalled = true;
+            sleeper.roused_at.note();
+        }
+        drop(signalled);
         sleeper.changed.notify_one();
     }
 
@@ -88,8 +96,9 @@ impl Waker {
         std::mem::take(&mut *lock(&self.sleepers[vcpu].signalled))
     }
 
-    /// Sleeps until the vCPU is roused, or returns at once if it was since the last time.
-    pub(super) fn sleep(&self, vcpu: usize) {
+    /// Sleeps until the vCPU is roused, or returns at once if it was since the last time; when that
+    /// was ([`super::steal::wall_ns`]).
+    pub(super) fn sleep(&self, vcpu: usize) -> u64 {
         let sleeper = &self.sleepers[vcpu];
         let mut signalled = lock(&sleeper.signalled);
         while !*signalled {
@@ -99,6 +108,7 @@ impl Waker {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         *signalled = false;
+        sleeper.roused_at.get()
     }
 }
 

@@ -14,6 +14,7 @@ use crate::micro::*;
 
 /// Memory that the code uses.
 const SCRATCH: u64 = 0x2000;
+const PV_EOI_BYTE: u64 = 0x2100;
 
 /// Leaves traces in every part of the state, reports, and then writes what it finds in registers to
 /// ports.
@@ -44,6 +45,13 @@ fn busy_code() -> Vec<u8> {
         [0xb9, 0x02, 0x01, 0x00, 0xc0], // mov ecx, 0xc0000102: the kernel's GS base
         [0x31, 0xd2],                   // xor edx, edx
         [0x0f, 0x30],                   // wrmsr
+        [0xb9, 0x04, 0x4d, 0x56, 0x4b], // mov ecx, 0x4b564d04: PV EOI
+        mov_eax(PV_EOI_BYTE as u32 | 1),
+        [0x0f, 0x30],                   // wrmsr
+        [0xb9, 0x05, 0x4d, 0x56, 0x4b], // mov ecx, 0x4b564d05: no polling
+        mov_eax(0),
+        [0x0f, 0x30],                   // wrmsr
+        [0xb9, 0x02, 0x01, 0x00, 0xc0], // mov ecx, 0xc0000102, for later
         mov_eax(0x5566_7788),
         [0x89, 0xc3, 0x89, 0xc6, 0x89, 0xc7, 0x89, 0xc5], // mov ebx, eax; esi; edi; ebp
         [0xf9],                                           // stc
@@ -127,6 +135,8 @@ fn assert_traces(vcpu: &VcpuState, platform: &PlatformState) {
     assert_eq!(vcpu.general.rflags & 1, 1, "carry");
     assert_eq!(vcpu.debug.addresses[2], 0x1122_3344);
     assert_eq!(vcpu.msr(0xc000_0102), Some(0x1122_3344));
+    assert_eq!(vcpu.msr(0x4b56_4d04), Some(PV_EOI_BYTE | 1));
+    assert_eq!(vcpu.msr(0x4b56_4d05), Some(0));
     assert_eq!(vcpu.special.cr0 & 1, 1);
     assert_eq!(vcpu.run_state, RunState::Running);
     // XMM3 in the legacy region.

@@ -12,7 +12,7 @@ use mica_machine::soft::{SoftConfig, SoftEngine};
 use crate::guest::{Fatal, Guest};
 
 /// The host kernel's hypervisor on a processor's virtualization.
-const KVM: &str = "kvm";
+pub const KVM: &str = "kvm";
 /// The same where the processor is AMD's.
 pub const AMD_KVM: &str = "kvm on amd";
 /// A `/dev/kvm` that emulates ring 0 instruction by instruction.

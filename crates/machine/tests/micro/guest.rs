@@ -7,7 +7,7 @@ use iced_x86::code_asm::CodeAssembler;
 use iced_x86::{BlockEncoderOptions, IcedError};
 use mica_base::units::Bytes;
 use mica_machine::engine::state::{GeneralRegisters, VcpuState};
-use mica_machine::engine::{BusAccess, Engine, Exit, Kick, Vcpu};
+use mica_machine::engine::{BusAccess, Engine, Exit, Kick, MsiVector, Vcpu};
 use mica_machine::memory::{self, GuestMemory, MemoryOptions};
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
 
@@ -121,7 +121,7 @@ pub struct Guest {
     pub end: u64,
     vcpu: Box<dyn Vcpu>,
     /// Outlives the vCPU.
-    _engine: Box<dyn Engine>,
+    engine: Box<dyn Engine>,
     memory: GuestMemory,
     reports: Arc<Reports>,
 }
@@ -158,7 +158,7 @@ impl Guest {
             last: 0,
             end: 0,
             vcpu,
-            _engine: engine,
+            engine,
             memory,
             reports,
         };
@@ -434,6 +434,15 @@ impl Guest {
     /// What was written to [`Self::REPORT`] since the last call.
     pub fn reports(&self) -> Vec<u32> {
         std::mem::take(&mut self.reports.values.lock().unwrap())
+    }
+
+    /// The memory, and an interrupt of that vector, for a thread that does something while the guest
+    /// runs.
+    pub fn outside(&self, vector: u8) -> (GuestMemory, Arc<dyn MsiVector>) {
+        let interrupt = self.engine.msi_vector().unwrap();
+        interrupt.route(0xfee0_0000, vector.into()).unwrap();
+        interrupt.set_masked(false).unwrap();
+        (self.memory.clone(), interrupt)
     }
 
     /// CR2.

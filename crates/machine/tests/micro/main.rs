@@ -19,6 +19,7 @@ mod guest;
 mod modes;
 mod paging;
 mod paging_faults;
+mod paravirtual;
 mod ports;
 mod privileged;
 mod segments;

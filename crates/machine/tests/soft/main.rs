@@ -8,6 +8,7 @@ mod micro;
 
 #[path = "../kvm/engine.rs"]
 mod engine;
+mod paravirtual;
 #[path = "../kvm/state.rs"]
 mod state;
 

@@ -223,6 +223,11 @@ pub struct PendingEvents {
     /// A triple fault waits to be reported.
     #[n(10)]
     pub triple_fault: bool,
+    /// It was kicked (`KVM_HC_KICK_CPU`) since its last HLT, so that the next one returns at once. KVM
+    /// tells it of halted vCPUs only, by their run state, and takes it in no other way.
+    #[n(11)]
+    #[cbor(default)]
+    pub kicked: bool,
 }
 
 /// A fault or trap on its way.

@@ -108,36 +108,14 @@ fn the_wall_clock_is_that_of_time_zero() {
 }
 
 #[test]
-fn stolen_time_adds_up() {
-    let memory = memory();
-    let mut clock = PvClock::default();
-    clock.add_steal(5, &memory);
-    let now = instant(0);
-    assert_eq!(
-        clock.write_msr(msr::STEAL_TIME, AT | 3, &memory, &now),
-        Err(Refused)
-    );
-    clock
-        .write_msr(msr::STEAL_TIME, AT | 1, &memory, &now)
-        .unwrap();
-    clock.add_steal(10, &memory);
-    assert_eq!(read::<u64>(&memory, AT), 15);
-    assert_eq!(read::<u32>(&memory, AT + 8), 4);
-    clock.write_msr(msr::STEAL_TIME, 0, &memory, &now).unwrap();
-    clock.add_steal(10, &memory);
-    assert_eq!(read::<u64>(&memory, AT), 15);
-}
-
-#[test]
 fn bad_addresses_do_no_harm() {
     let memory = memory();
     let mut clock = PvClock::default();
     for address in [u64::MAX, u64::MAX - 0x3f, (1 << 20) - 2, 0x1003] {
-        for number in [msr::SYSTEM_TIME, msr::WALL_CLOCK, msr::STEAL_TIME] {
+        for number in [msr::SYSTEM_TIME, msr::WALL_CLOCK] {
             let _ = clock.write_msr(number, address, &memory, &instant(9));
         }
         clock.update(&memory, &instant(10), true);
-        clock.add_steal(1, &memory);
     }
     assert!(!PvClock::owns_msr(0x4b56_4d02));
     assert_eq!(clock.read_msr(0x4b56_4d02), Err(Refused));

@@ -1,3 +1,5 @@
+mod paravirtual;
+
 use std::sync::Arc;
 
 use super::*;
