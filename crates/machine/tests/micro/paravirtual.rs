@@ -1,8 +1,11 @@
 //! What KVM's guests have beside the architecture: hypercalls, PV EOI, steal time. The reference is
 //! `Documentation/virt/kvm/x86` in the kernel's source.
 
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::Ordering::SeqCst;
+
 use iced_x86::code_asm::*;
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, VolatileMemory as _};
 
 use crate::engines::{AMD_KVM, EMULATED_KVM, on_every_engine, on_every_engine_but};
 use crate::guest::*;
@@ -424,13 +427,19 @@ fn a_sleeper_flushes_its_translations_when_it_is_told() {
         guest.set_gate64(0x61, 0x1_2000, INTERRUPT_GATE, 0);
         let other = std::thread::spawn(move || {
             let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-            let preempted = || memory.read_obj::<u8>(PREEMPTED).unwrap();
-            while preempted() & 1 == 0 && std::time::Instant::now() < deadline {
+            let slice = memory.get_slice(PREEMPTED, 1).unwrap();
+            let preempted = slice.get_atomic_ref::<AtomicU8>(0).unwrap();
+            while preempted.load(SeqCst) == 0 && std::time::Instant::now() < deadline {
                 std::thread::yield_now();
             }
             memory.write_obj(OTHER | P | RW, ENTRY).unwrap();
-            memory.write_obj(3_u8, PREEMPTED).unwrap();
+            let told = || preempted.compare_exchange(1, 3, SeqCst, SeqCst).is_ok();
+            while !told() && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
             interrupt.eventfd().write(1).unwrap();
+            // It lives until its signal is taken.
+            interrupt
         });
         let frame = guest.interrupted(|a| {
             enable(a)?;
@@ -440,7 +449,7 @@ fn a_sleeper_flushes_its_translations_when_it_is_told() {
             a.sti()?;
             a.hlt()
         });
-        other.join().unwrap();
+        drop(other.join().unwrap());
         let general = &guest.state.general;
         assert_eq!((frame.vector, general.rbx, general.rcx), (UD, 1, 2));
         assert_eq!(guest.read::<u8>(AREA + 16) & 2, 0);
