@@ -8,6 +8,8 @@
 //!   pit ── IRQ 0 ──▶ lines            timers ────────┘
 //! ```
 //!
+//! What KVM's guests have beside chips is in `paravirtual`, `steal`, `pv_eoi` and `hypercall`.
+//!
 //! Each chip is a core without threads and without a clock: its methods take the time in nanoseconds
 //! of the machine's monotonic clock. [`platform::Platform`] joins them and is what a vCPU's thread, a
 //! device and a timer thread share.

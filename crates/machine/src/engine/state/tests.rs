@@ -75,6 +75,22 @@ fn states_come_back_from_their_bytes() {
 }
 
 #[test]
+fn events_from_before_kicks_are_read() {
+    let events = PendingEvents {
+        nmi_masked: true,
+        kicked: true,
+        ..PendingEvents::default()
+    };
+    let mut bytes = minicbor::to_vec(events).unwrap();
+    assert_eq!(minicbor::decode::<PendingEvents>(&bytes).unwrap(), events);
+    // An array of twelve becomes one of eleven.
+    assert_eq!((bytes[0], bytes.pop()), (0x8c, Some(0xf5)));
+    bytes[0] = 0x8b;
+    let old = minicbor::decode::<PendingEvents>(&bytes).unwrap();
+    assert!(old.nmi_masked && !old.kicked);
+}
+
+#[test]
 fn an_impossible_vcpu_is_refused() {
     type Spoil = fn(&mut VcpuState);
     let spoils: [(&str, Spoil); 5] = [
