@@ -8,7 +8,7 @@ use std::process;
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
-use mica_machine::{boot, engine, legacy, pci, virtio, vmm};
+use mica_machine::{boot, engine, legacy, pci, recording, virtio, vmm};
 
 type Target = fn(&[u8]);
 
@@ -21,6 +21,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("bls", boot::disk::fuzz::fuzz_bls),
     ("kernel", boot::fuzz::fuzz_kernel),
     ("machine-state", engine::state::fuzz::fuzz_machine_state),
+    ("recording", recording::fuzz::fuzz_recording),
     ("legacy", legacy::fuzz::fuzz_legacy),
     ("pci", pci::fuzz::fuzz_pci),
     ("virtqueue", virtio::fuzz::fuzz_virtqueue),

@@ -1,7 +1,10 @@
-//! The processor, what surrounds it, and its step from one instruction to the next.
+//! The processor, and its step from one instruction to the next.
+
+mod environment;
+mod meter;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
@@ -11,8 +14,10 @@ use crate::interpret::Ended;
 use crate::memory::{PAGE, Ram};
 use crate::mmu::{Access, Tlb};
 use crate::state::{Mode, SegmentName, State, rflags, slot};
-use crate::system::{Hits, Hypercall, TripleFault};
+use crate::system::{Hits, TripleFault};
 use crate::translate::{BlockCache, CodeRights, Key};
+pub use environment::Environment;
+pub use meter::Meter;
 
 /// The longest instruction in bytes (SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
@@ -21,69 +26,6 @@ const MAX_INSTRUCTION: usize = 15;
 const CHAIN: u32 = 64;
 /// Such rows between two looks for interrupts that nobody announced.
 const LOOK_EVERY: u32 = 16;
-
-/// What is around the processor's core. Called from inside [`Processor::run`]. What is not implemented
-/// is an empty board: no devices at ports, no MSRs, no interrupts, a clock that stands still.
-pub trait Environment {
-    /// An `in` instruction of 1, 2 or 4 bytes.
-    fn port_read(&self, port: u16, size: u8) -> u32 {
-        let _ = (port, size);
-        u32::MAX
-    }
-    /// An `out` instruction of 1, 2 or 4 bytes.
-    fn port_write(&self, port: u16, size: u8, value: u32) {
-        let _ = (port, size, value);
-    }
-    /// A load of 1, 2, 4 or 8 bytes from a physical address outside RAM.
-    fn memory_read(&self, address: u64, size: u8) -> u64;
-    /// A store of 1, 2, 4 or 8 bytes to a physical address outside RAM.
-    fn memory_write(&self, address: u64, size: u8, value: u64);
-    /// CPUID's EAX, EBX, ECX and EDX. The bit that mirrors CR4.OSXSAVE is the processor's.
-    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let _ = (leaf, subleaf);
-        [0; 4]
-    }
-    /// The time-stamp counter.
-    fn tsc(&self) -> u64 {
-        0
-    }
-    /// The guest writes the time-stamp counter.
-    fn set_tsc(&self, value: u64) {
-        let _ = value;
-    }
-    /// Reads an MSR that is not of the core; nothing means #GP.
-    fn read_msr(&self, index: u32) -> Option<u64> {
-        let _ = index;
-        None
-    }
-    /// Writes an MSR that is not of the core; `false` means #GP.
-    fn write_msr(&self, index: u32, value: u64) -> bool {
-        let _ = (index, value);
-        false
-    }
-    /// The task-priority register as CR8 shows it.
-    fn task_priority(&self) -> u8 {
-        0
-    }
-    /// CR8 is written.
-    fn set_task_priority(&self, value: u8) {
-        let _ = value;
-    }
-    /// The vector of the interrupt to deliver now, which it acknowledges. Asked only when the guest
-    /// takes interrupts.
-    fn acknowledge_interrupt(&self) -> Option<u8> {
-        None
-    }
-    /// Whether an NMI waits; it is taken.
-    fn take_nmi(&self) -> bool {
-        false
-    }
-    /// VMCALL or VMMCALL: what the guest finds in RAX. Nothing means #UD, as where no hypervisor is.
-    fn hypercall(&self, call: &Hypercall) -> Option<u64> {
-        let _ = call;
-        None
-    }
-}
 
 /// Why [`Processor::run`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,51 +38,6 @@ pub enum Stop {
     TripleFault,
     /// A debugger's breakpoint is at the next instruction, or its single step is done.
     Debug,
-}
-
-/// What processors use of their budgets: a clock for who wants to tell time by instructions.
-#[derive(Debug)]
-pub struct Meter {
-    used: AtomicU64,
-    pause_at: AtomicU64,
-}
-
-impl Default for Meter {
-    fn default() -> Self {
-        Self {
-            used: AtomicU64::new(0),
-            pause_at: AtomicU64::new(u64::MAX),
-        }
-    }
-}
-
-impl Meter {
-    /// What was used so far. It is brought up to date after each block: read from inside
-    /// [`Environment`], it is the count at the beginning of the block.
-    #[inline]
-    #[must_use]
-    pub fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    /// Adds what something else costs than instructions. Not while a processor runs.
-    #[inline]
-    pub fn add(&self, units: u64) {
-        // Only one counts at a time.
-        self.used
-            .store(self.used().wrapping_add(units), Ordering::Relaxed);
-    }
-
-    /// [`Processor::run`] comes back after the first block at whose end the count is `used` or more, as
-    /// if attention had been asked for just then. At first it is `u64::MAX`.
-    pub fn pause_at(&self, used: u64) {
-        self.pause_at.store(used, Ordering::Relaxed);
-    }
-
-    #[inline]
-    fn is_reached(&self) -> bool {
-        self.used() >= self.pause_at.load(Ordering::Relaxed)
-    }
 }
 
 /// One processor core.
@@ -288,8 +185,7 @@ impl Processor {
             let step = self.state.flags & rflags::TF != 0;
             let limit = if look || step || debugged { 1 } else { budget };
             self.state.shadow = false;
-            let resumed = self.state.flags & rflags::RF != 0;
-            self.state.flags &= !rflags::RF;
+            let resumed = self.take_resume_flag();
             let ended = if self.has_breakpoints() {
                 self.see_watched(cache);
                 self.run_watched(env, resumed)
@@ -300,10 +196,7 @@ impl Processor {
             let partly = u64::from(ended.again) + u64::from(ended.fault.is_some());
             self.spend(partly);
             budget = budget.saturating_sub(ended.retired + partly);
-            let done = ended.retired != 0 || ended.again;
-            let trap = step && done && !ended.no_trap && !self.state.shadow;
-            let exception = ended.fault.or_else(|| trap.then(|| self.step_trap()));
-            if let Some(exception) = exception {
+            if let Some(exception) = self.exception_after(&ended, step) {
                 look = true;
                 if self.deliver_exception(env, exception).is_err() {
                     return Stop::TripleFault;
@@ -315,12 +208,24 @@ impl Processor {
         }
     }
 
+    fn take_resume_flag(&mut self) -> bool {
+        let resumed = self.state.flags & rflags::RF != 0;
+        self.state.flags &= !rflags::RF;
+        resumed
+    }
+
+    /// What was raised, or the trap after an instruction that began with TF set.
+    fn exception_after(&mut self, ended: &Ended, step: bool) -> Option<Exception> {
+        let done = ended.retired != 0 || ended.again;
+        let trap = step && done && !ended.no_trap && !self.state.shadow;
+        ended.fault.or_else(|| trap.then(|| self.step_trap()))
+    }
+
     #[inline]
     fn is_to_pause(&self) -> bool {
         self.attention.load(Ordering::Relaxed) || self.meter.is_reached()
     }
 
-    /// The trap after an instruction that began with TF set.
     fn step_trap(&mut self) -> Exception {
         const BS: u64 = 1 << 14;
         self.state.dr[4] |= BS;

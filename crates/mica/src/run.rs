@@ -17,6 +17,7 @@ mod vsock;
 
 use std::error::Error;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -54,13 +55,7 @@ pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode
         OutputFormat::Text => ConsoleTarget::Stdio,
         OutputFormat::Json => ConsoleTarget::Off,
     });
-    let (console, far_end) = match &target {
-        ConsoleTarget::Off => (Console::off(), None),
-        ConsoleTarget::Stdio => Console::stdio().map(|(near, far)| (near, Some(far)))?,
-        ConsoleTarget::File(path) => Console::file(path)
-            .map(|(near, far)| (near, Some(far)))
-            .map_err(|error| format!("cannot write the console to {}: {error}", path.display()))?,
-    };
+    let (console, far_end) = open_console(&target)?;
 
     let mut backends = Backends::default();
     let mut attachments = Attachments::default();
@@ -132,6 +127,17 @@ pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode
     let reason = supervisor.run();
     drop(raw_mode);
     Ok(report::exit_code(reason?))
+}
+
+/// The console, and the far end for the VM process.
+fn open_console(target: &ConsoleTarget) -> Result<(Console, Option<UnixStream>), Box<dyn Error>> {
+    Ok(match target {
+        ConsoleTarget::Off => (Console::off(), None),
+        ConsoleTarget::Stdio => Console::stdio().map(|(near, far)| (near, Some(far)))?,
+        ConsoleTarget::File(path) => Console::file(path)
+            .map(|(near, far)| (near, Some(far)))
+            .map_err(|error| format!("cannot write the console to {}: {error}", path.display()))?,
+    })
 }
 
 /// The VM process: what `mica run` starts as its child.

@@ -214,6 +214,7 @@ impl SoftVcpu {
             } else {
                 self.processor.run(&board, budget)
             };
+            // An outstanding end of PV EOI stays so: that the run was broken off is nothing to notice.
             let asleep = match stop {
                 Stop::Attention => false,
                 Stop::Halted if !waits && self.is_kicked() => {

@@ -140,27 +140,8 @@ pub(super) fn assemble(
         huge_pages: config.huge_pages,
     };
     let memory = memory::allocate(config.memory, &options)?;
-    let (vcpus, profile) = (config.vcpus, config.cpu_profile);
     let turns = recording::turns(config, fds, &memory)?;
-    let (engine, interrupts): (Arc<dyn Engine>, Arc<dyn InterruptSource>) = match &config.engine {
-        EngineConfig::Kvm { device } => {
-            let config = KvmConfig {
-                memory: memory.clone(),
-                vcpus,
-                profile,
-            };
-            both(Arc::new(KvmEngine::new(fds.take(*device)?, config)?))
-        }
-        EngineConfig::Soft => {
-            let config = SoftConfig {
-                memory: memory.clone(),
-                vcpus,
-                profile,
-                turns: turns.clone(),
-            };
-            both(Arc::new(SoftEngine::new(config)?))
-        }
-    };
+    let (engine, interrupts) = engine(config, fds, &memory, turns.clone())?;
     let mut assembler = Assembler {
         interrupts,
         pci: PciRoot::new(config.memory.0, engine.as_ref()),
@@ -197,8 +178,40 @@ pub(super) fn assemble(
     assembler.finish(config, fds, handles)
 }
 
+/// The engine that the configuration asks for.
+fn engine(
+    config: &VmConfig,
+    fds: &mut Received,
+    memory: &GuestMemory,
+    turns: Option<Arc<Turns>>,
+) -> Result<Both, AssembleError> {
+    let (vcpus, profile) = (config.vcpus, config.cpu_profile);
+    let memory = memory.clone();
+    Ok(match &config.engine {
+        EngineConfig::Kvm { device } => {
+            let config = KvmConfig {
+                memory,
+                vcpus,
+                profile,
+            };
+            both(Arc::new(KvmEngine::new(fds.take(*device)?, config)?))
+        }
+        EngineConfig::Soft => {
+            let config = SoftConfig {
+                memory,
+                vcpus,
+                profile,
+                turns,
+            };
+            both(Arc::new(SoftEngine::new(config)?))
+        }
+    })
+}
+
 /// An engine as the machine sees it, and as devices do.
-fn both<E: Engine + 'static>(engine: Arc<E>) -> (Arc<dyn Engine>, Arc<dyn InterruptSource>) {
+type Both = (Arc<dyn Engine>, Arc<dyn InterruptSource>);
+
+fn both<E: Engine + 'static>(engine: Arc<E>) -> Both {
     (engine.clone(), engine)
 }
 
