@@ -27,10 +27,12 @@ pub mod fuzz;
 mod linux64;
 mod lzo;
 mod memory_map;
+mod prepare;
 mod pvh;
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use mica_base::units::PAGE_SIZE;
@@ -88,6 +90,8 @@ pub struct LoadRequest {
     pub ram: u64,
     /// Guest memory is known to be zero, so that the kernel's BSS need not be written.
     pub zeroed: bool,
+    /// Files may be mapped into guest memory, as [`crate::memory::overlay`] puts conditions on it.
+    pub map: bool,
 }
 
 /// How the first vCPU starts. All addresses are guest physical.
@@ -120,6 +124,25 @@ pub enum Entry {
     },
 }
 
+/// Where files go.
+struct Target<'a> {
+    memory: &'a GuestMemory,
+    /// By mapping them, if they can be mapped.
+    map: bool,
+    /// What was mapped and will be written to.
+    written: RefCell<Vec<Range<u64>>>,
+}
+
+/// A guest that only has to be entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// How.
+    pub entry: Entry,
+    /// Guest addresses where files are mapped that the guest will write to, for
+    /// [`crate::memory::populate`].
+    pub written: Vec<Range<u64>>,
+}
+
 /// Where things lie, for the tables that tell the kernel.
 #[derive(Debug)]
 struct Placed {
@@ -131,11 +154,11 @@ struct Placed {
 /// Loads kernel, initrd, command line and the protocol's tables into `memory`.
 ///
 /// Each byte of the files is read once; those of an ELF kernel and of the initrd straight into
-/// guest memory.
+/// guest memory, or not at all where they may be mapped.
 ///
 /// # Errors
 /// A file is unreadable or malformed, or something does not fit the guest's RAM.
-pub fn load(memory: &GuestMemory, request: LoadRequest) -> Result<Entry, BootError> {
+pub fn load(memory: &GuestMemory, request: LoadRequest) -> Result<Loaded, BootError> {
     let (file, setup) = open(request.kernel)?;
     let kernel = elf::Kernel::parse(&file)?;
     let pvh = kernel.pvh_entry;
@@ -153,10 +176,16 @@ pub fn load(memory: &GuestMemory, request: LoadRequest) -> Result<Entry, BootErr
         None => None,
     };
 
-    kernel.load(&file, memory, request.zeroed)?;
+    let target = Target {
+        memory,
+        map: request.map,
+        written: RefCell::default(),
+    };
+    kernel.load(&file, &target, request.zeroed)?;
     if let (Some(file), Some(range)) = (&request.initrd, &initrd) {
         let len = range.end - range.start;
-        file.copy_to_guest("initrd", 0, len, memory, range.start)?;
+        // The kernel frees its pages when it has unpacked them, and hands them out again.
+        file.put_into_guest("initrd", 0, len, &target, range.start, true)?;
     }
     let mut command_line = request.command_line.into_bytes();
     command_line.push(0);
@@ -166,21 +195,26 @@ pub fn load(memory: &GuestMemory, request: LoadRequest) -> Result<Entry, BootErr
         rsdp: request.rsdp,
         initrd,
     };
-    match pvh {
+    let entry = match pvh {
         Some(rip) => enter_pvh(memory, rip, &placed),
         None => enter_linux64(memory, kernel.entry, setup.as_ref(), &placed),
-    }
+    }?;
+    let written = target.written.into_inner();
+    Ok(Loaded { entry, written })
 }
 
-/// The ELF kernel inside a bzImage, as [`load`] would unpack it; an ELF kernel comes back as it is.
+/// The ELF kernel inside a bzImage, or an ELF kernel itself, laid out for mapping.
 ///
 /// # Errors
 /// The bytes are no kernel, or its payload does not decompress to one.
 pub fn unpack_kernel(bytes: &[u8]) -> Result<Vec<u8>, BootError> {
-    match unpack(&BootFile::Bytes(bytes.to_vec()))? {
-        Some((kernel, _)) => Ok(kernel),
-        None => Ok(bytes.to_vec()),
-    }
+    let file = BootFile::Bytes(bytes.to_vec());
+    let mut kernel = match unpack(&file)? {
+        Some((kernel, _)) => kernel,
+        None => bytes.to_vec(),
+    };
+    prepare::prepare(&mut kernel)?;
+    Ok(kernel)
 }
 
 /// The ELF kernel in `file`, with the setup header if it came in a bzImage.

@@ -5,13 +5,16 @@
 //! change it at any moment. A guest address is a [`vm_memory::GuestAddress`] and becomes a host
 //! address only inside that crate, after its bounds check.
 //!
-//! All regions of a guest are ranges of one memfd, sealed at its full size: a backend that has
-//! mapped it never takes a `SIGBUS` because somebody shrank the file. Nothing is allocated before
-//! the guest touches it, and [`discard`] gives pages back while the guest runs.
+//! Where backends share a guest's memory, all its regions are ranges of one memfd, sealed at its full
+//! size: a backend that has mapped it never takes a `SIGBUS` because somebody shrank the file.
+//! Without backends it is this process's own, and [`overlay`] puts pages of files in its place.
+//! Nothing is allocated before the guest touches it, and [`discard`] gives pages back while the guest
+//! runs.
 
 #![allow(unsafe_code)] // madvise takes an address; everything else here is safe
 
 pub mod dirty;
+mod overlay;
 mod processor;
 
 use std::fs::File;
@@ -30,6 +33,8 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
+use overlay::Mapping;
+pub use overlay::{RegionPages, overlay, populate};
 pub use processor::processor_ram;
 
 use crate::layout;
@@ -38,7 +43,7 @@ use crate::layout;
 ///
 /// Every write through it marks its pages in the region's bitmap, which is the VM process's own
 /// share of the dirty log.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = GuestMemoryMmap<RegionPages>;
 
 /// Which host pages back the guest's RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +84,8 @@ impl HugePages {
 pub struct MemoryOptions {
     /// The kind of host pages.
     pub huge_pages: HugePages,
+    /// No other process will look at it.
+    pub private: bool,
 }
 
 /// Why there is no guest memory.
@@ -141,13 +148,20 @@ pub fn allocate(ram: Bytes, options: &MemoryOptions) -> Result<GuestMemory, Memo
             multiple: page_size,
         });
     }
-    let file = Arc::new(memory_file(ram, options.huge_pages)?);
-    let mut file_start = 0;
     let mut regions = Vec::new();
-    for range in layout::ram_ranges(ram.0) {
-        let offset = FileOffset::from_arc(Arc::clone(&file), file_start);
-        file_start += range.end - range.start;
-        regions.push(map_region(range, offset, ram, options.huge_pages)?);
+    // The kernel hands out reserved pages by file only.
+    if options.private && !options.huge_pages.reserved() {
+        for range in layout::ram_ranges(ram.0) {
+            regions.push(private_region(range, ram, options.huge_pages)?);
+        }
+    } else {
+        let file = Arc::new(memory_file(ram, options.huge_pages)?);
+        let mut file_start = 0;
+        for range in layout::ram_ranges(ram.0) {
+            let offset = FileOffset::from_arc(Arc::clone(&file), file_start);
+            file_start += range.end - range.start;
+            regions.push(map_region(range, offset, ram, options.huge_pages)?);
+        }
     }
     Ok(GuestMemory::from_regions(regions)
         .expect("invariant: the layout's RAM ranges are sorted and do not overlap"))
@@ -172,15 +186,43 @@ fn memory_file(ram: Bytes, huge_pages: HugePages) -> Result<File, MemoryError> {
     Ok(file.into())
 }
 
+fn private_region(
+    range: std::ops::Range<u64>,
+    ram: Bytes,
+    huge_pages: HugePages,
+) -> Result<GuestRegionMmap<RegionPages>, MemoryError> {
+    let (len, written) = tracked(&range);
+    let error = |source| MemoryError::Map { ram, source };
+    let mapping = Mapping::new(len, huge_pages).map_err(error)?;
+    let pointer = mapping.as_ptr();
+    let pages = RegionPages::new(written, Some(mapping));
+    // SAFETY: the pointer is that of a mapping of this length, which the region's own bitmap keeps.
+    let builder =
+        unsafe { MmapRegionBuilder::new_with_bitmap(len, pages).with_raw_mmap_pointer(pointer) };
+    let region = builder
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|error| mapping_error(error, ram, huge_pages))?;
+    Ok(GuestRegionMmap::new(region, GuestAddress(range.start))
+        .expect("invariant: the layout ends far below 2^64"))
+}
+
+/// A range's length and an empty record of what is written in it.
+fn tracked(range: &std::ops::Range<u64>) -> (usize, AtomicBitmap) {
+    let len =
+        usize::try_from(range.end - range.start).expect("invariant: an address space of 64 bits");
+    let page = NonZeroUsize::new(PAGE_SIZE as usize).expect("invariant: pages have a size");
+    (len, AtomicBitmap::new(len, page))
+}
+
 fn map_region(
     range: std::ops::Range<u64>,
     offset: FileOffset,
     ram: Bytes,
     huge_pages: HugePages,
-) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {
-    let len =
-        usize::try_from(range.end - range.start).expect("invariant: an address space of 64 bits");
-    let tracked_page = NonZeroUsize::new(PAGE_SIZE as usize).expect("invariant: pages have a size");
+) -> Result<GuestRegionMmap<RegionPages>, MemoryError> {
+    let (len, written) = tracked(&range);
     // Reserved pages are accounted for at mapping, so that a lack of them is an error here and not
     // a SIGBUS later. Ordinary memory is not: a guest uses less than it is given.
     let reservation = if huge_pages.reserved() {
@@ -188,7 +230,8 @@ fn map_region(
     } else {
         libc::MAP_NORESERVE
     };
-    let mapping = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, tracked_page))
+    let pages = RegionPages::new(written, None);
+    let mapping = MmapRegionBuilder::new_with_bitmap(len, pages)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED | reservation)
         .with_file_offset(offset)
@@ -230,7 +273,7 @@ fn mapping_error(
 }
 
 fn advise(
-    mapping: &vm_memory::MmapRegion<AtomicBitmap>,
+    mapping: &vm_memory::MmapRegion<RegionPages>,
     advice: Advice,
     ram: Bytes,
 ) -> Result<(), MemoryError> {
@@ -261,26 +304,19 @@ pub fn discard(memory: &GuestMemory, address: GuestAddress, len: u64) -> io::Res
         if from >= to {
             continue;
         }
-        let offset = region
-            .file_offset()
-            .expect("invariant: all guest memory is file-backed");
-        let page = if region.is_hugetlbfs() == Some(true) {
-            huge_page_size(offset.file())?
-        } else {
-            PAGE_SIZE
-        };
-        let in_file = |address: u64| address - start_of_region + offset.start();
-        let first = in_file(from).next_multiple_of(page);
-        let last = in_file(to) / page * page;
-        if first < last {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(offset.file(), flags, first, last - first)?;
-            // They are others now, for whoever copies memory.
-            let in_region = (first - offset.start()) as usize;
-            (**region)
-                .bitmap()
-                .mark_dirty(in_region, (last - first) as usize);
+        let page = host_page(region)?;
+        let first = (from - start_of_region).next_multiple_of(page);
+        let last = (to - start_of_region) / page * page;
+        if first >= last {
+            continue;
         }
+        match overlay::discard_private(region, first, last - first) {
+            Some(done) => done?,
+            None => punch(region, first, last - first)?,
+        }
+        // They are others now, for whoever copies memory.
+        let (at, len) = (first as usize, (last - first) as usize);
+        (**region).bitmap().mark_dirty(at, len);
     }
     Ok(())
 }
@@ -300,9 +336,24 @@ pub fn mark_written(memory: &GuestMemory, address: GuestAddress, len: u64) {
     }
 }
 
-/// The size of the reserved pages that back `file`: it is the file's block size.
-fn huge_page_size(file: &File) -> io::Result<u64> {
-    u64::try_from(rustix::fs::fstat(file)?.st_blksize).map_err(io::Error::other)
+/// Makes a hole in the region's file, `len` bytes at `start`.
+fn punch(region: &GuestRegionMmap<RegionPages>, start: u64, len: u64) -> io::Result<()> {
+    let behind = region
+        .file_offset()
+        .expect("invariant: shared memory is a file's");
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(behind.file(), flags, behind.start() + start, len)?;
+    Ok(())
+}
+
+/// The size of the host's pages: where they are reserved ones, their file's block size.
+fn host_page(region: &GuestRegionMmap<RegionPages>) -> io::Result<u64> {
+    match region.file_offset() {
+        Some(behind) if region.is_hugetlbfs() == Some(true) => {
+            u64::try_from(rustix::fs::fstat(behind.file())?.st_blksize).map_err(io::Error::other)
+        }
+        _ => Ok(PAGE_SIZE),
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! ELF64 kernels (System V ABI, AMD64 supplement): headers checked once, then segments copied.
 
-use super::{BootError, BootFile, LOADABLE, MAX_KERNEL};
+use super::{BootError, BootFile, LOADABLE, MAX_KERNEL, Target};
 use crate::boot::bytes::{u16_at, u32_at, u64_at};
 use crate::memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -8,15 +8,19 @@ use vm_memory::{Bytes, GuestAddress};
 /// The first four bytes of an ELF file.
 pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
 
-const HEADER_LEN: usize = 64;
-const PROGRAM_HEADER_LEN: usize = 56;
+pub(super) const HEADER_LEN: usize = 64;
+pub(super) const PROGRAM_HEADER_LEN: usize = 56;
 /// Linux has five program headers; more than this is no kernel.
-const MAX_PROGRAM_HEADERS: usize = 64;
+pub(super) const MAX_PROGRAM_HEADERS: usize = 64;
 /// Linux's notes have a few hundred bytes.
 const MAX_NOTES: u64 = 1 << 20;
 
-const PT_LOAD: u32 = 1;
+pub(super) const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// A segment's flags: it is executed, it is written to.
+pub(super) const PF_X: u32 = 1;
+/// See [`PF_X`].
+pub(super) const PF_W: u32 = 2;
 const EM_X86_64: u16 = 62;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: where to enter by the PVH protocol.
 const XEN_PHYS32_ENTRY: u32 = 18;
@@ -33,13 +37,15 @@ pub(super) struct Kernel {
     pub end: u64,
 }
 
-/// A `PT_LOAD` segment.
+/// A segment.
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    offset: u64,
-    file_len: u64,
-    address: u64,
-    memory_len: u64,
+pub(super) struct Segment {
+    pub(super) offset: u64,
+    pub(super) file_len: u64,
+    pub(super) address: u64,
+    pub(super) memory_len: u64,
+    /// The kernel writes to it: Linux patches its code, too.
+    written: bool,
 }
 
 impl Kernel {
@@ -129,24 +135,24 @@ impl Kernel {
         }
     }
 
-    /// Copies the segments. `zeroed` says that guest memory is known to be zero, so that the BSS
+    /// Puts the segments into the guest. `zeroed` says that guest memory is known to be zero, so that the BSS
     /// need not be touched.
     pub(super) fn load(
         &self,
         file: &BootFile,
-        memory: &GuestMemory,
+        target: &Target<'_>,
         zeroed: bool,
     ) -> Result<(), BootError> {
         for segment in &self.segments {
-            file.copy_to_guest(
-                "kernel",
-                segment.offset,
-                segment.file_len,
-                memory,
-                segment.address,
-            )?;
+            let (offset, len) = (segment.offset, segment.file_len);
+            let (to, written) = (segment.address, segment.written);
+            file.put_into_guest("kernel", offset, len, target, to, written)?;
             if !zeroed {
-                zero(memory, segment.address + segment.file_len, segment.end())?;
+                zero(
+                    target.memory,
+                    segment.address + segment.file_len,
+                    segment.end(),
+                )?;
             }
         }
         Ok(())
@@ -154,8 +160,9 @@ impl Kernel {
 }
 
 impl Segment {
-    fn parse(header: &[u8], file_size: u64) -> Result<Self, BootError> {
+    pub(super) fn parse(header: &[u8], file_size: u64) -> Result<Self, BootError> {
         let segment = Self {
+            written: u32_at(header, 4) & (PF_W | PF_X) != 0,
             offset: u64_at(header, 8),
             address: u64_at(header, 24),
             file_len: u64_at(header, 32),
@@ -181,7 +188,7 @@ impl Segment {
 }
 
 /// Offset and length in bytes of the program header table.
-fn program_headers(header: &[u8], size: u64) -> Result<(u64, usize), BootError> {
+pub(super) fn program_headers(header: &[u8], size: u64) -> Result<(u64, usize), BootError> {
     if header[..4] != MAGIC || header[4] != 2 || header[5] != 1 || u16_at(header, 18) != EM_X86_64 {
         return Err(BootError::Elf("it is not little-endian ELF64 for x86-64"));
     }

@@ -1,4 +1,5 @@
-//! The kernel and the initrd as bytes that go into guest memory without a stop in between.
+//! The kernel and the initrd as bytes that go into guest memory without a stop in between, or as
+//! pages that are mapped there.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -6,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::BootError;
-use crate::memory::GuestMemory;
+use super::{BootError, Target};
+use crate::memory::{GuestMemory, overlay};
 
 /// A kernel or an initrd: an open file, or bytes that were found inside a disk image.
 #[derive(Debug)]
@@ -60,9 +61,33 @@ impl BootFile {
         Ok(buffer)
     }
 
+    /// Puts `len` bytes from `offset` at guest address `to`: a file's whole pages by mapping them,
+    /// if `target` takes that, and all else by copying. `written` says that the guest will write
+    /// there.
+    pub(super) fn put_into_guest(
+        &self,
+        what: &'static str,
+        offset: u64,
+        len: u64,
+        target: &Target<'_>,
+        to: u64,
+        written: bool,
+    ) -> Result<(), BootError> {
+        let mut mapped = 0;
+        if let (true, Self::File(file)) = (target.map, self) {
+            mapped = overlay(target.memory, GuestAddress(to), file, offset, len)
+                .map_err(|source| BootError::Read { what, source })?;
+        }
+        if mapped > 0 && written {
+            target.written.borrow_mut().push(to..to + mapped);
+        }
+        let (offset, len, to) = (offset + mapped, len - mapped, to + mapped);
+        self.copy_to_guest(what, offset, len, target.memory, to)
+    }
+
     /// Copies `len` bytes from `offset` to guest address `to`; a file's bytes are read straight
     /// into guest memory.
-    pub(super) fn copy_to_guest(
+    fn copy_to_guest(
         &self,
         what: &'static str,
         offset: u64,

@@ -25,8 +25,10 @@ pub fn fuzz_kernel(data: &[u8]) {
         rsdp: Some(0xe_0000),
         ram: RAM,
         zeroed: false,
+        map: false,
     };
-    if let Ok(entry) = load(&memory, request) {
+    if let Ok(loaded) = load(&memory, request) {
+        let entry = loaded.entry;
         let (Entry::Pvh { rip, .. } | Entry::Linux64 { rip, .. }) = entry;
         assert!((0x10_0000..RAM).contains(&rip), "{entry:x?}");
         let command_line: [u8; 14] = memory

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::bytes::{put, u32_at, u64_at};
 use super::*;
+use crate::memory::MemoryOptions;
 
 pub(super) const KERNEL_AT: u64 = 0x100_0000;
 const MIB: u64 = 1 << 20;
@@ -164,6 +165,7 @@ fn request(kernel: impl Into<BootFile>, initrd: Option<Vec<u8>>, ram: u64) -> Lo
         rsdp: Some(0xe_0000),
         ram,
         zeroed: true,
+        map: false,
     }
 }
 
@@ -177,6 +179,29 @@ fn on_disk(bytes: &[u8]) -> BootFile {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file.into()
+}
+
+#[test]
+fn files_that_may_be_mapped_load_alike() {
+    // The segment begins inside a page, so this kernel is read; the initrd is mapped.
+    let code = noise(50_000, 11);
+    let initrd = noise(20_000, 12);
+    let ram = 32 * MIB;
+    let options = MemoryOptions {
+        private: true,
+        ..MemoryOptions::default()
+    };
+    let memory = crate::memory::allocate(mica_base::units::Bytes(ram), &options).unwrap();
+    let request = LoadRequest {
+        initrd: Some(on_disk(&initrd)),
+        map: true,
+        ..request(on_disk(&elf(&code, true)), None, ram)
+    };
+    let loaded = load(&memory, request).unwrap();
+    let at = (ram - initrd.len() as u64) / 4096 * 4096;
+    assert_eq!(loaded.written, vec![at..at + 4 * 4096]);
+    assert!(read(&memory, at, initrd.len()) == initrd);
+    assert!(read(&memory, KERNEL_AT, code.len()) == code);
 }
 
 #[test]
@@ -214,7 +239,9 @@ fn pvh_kernel_gets_start_information() {
     for kernel in [on_disk(&elf(&code, true)), elf(&code, true).into()] {
         let ram = 64 * MIB;
         let memory = memory(ram, 0);
-        let entry = load(&memory, request(kernel, Some(initrd.clone()), ram)).unwrap();
+        let entry = load(&memory, request(kernel, Some(initrd.clone()), ram))
+            .unwrap()
+            .entry;
         let Entry::Pvh { rip, start_info } = entry else {
             panic!("{entry:?}");
         };
@@ -257,7 +284,8 @@ fn kernel_without_a_note_gets_a_zero_page() {
             &memory,
             request(on_disk(&kernel), Some(initrd.clone()), ram),
         )
-        .unwrap();
+        .unwrap()
+        .entry;
         let Entry::Linux64 {
             rip,
             boot_params,

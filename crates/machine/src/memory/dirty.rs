@@ -96,7 +96,7 @@ struct OwnWrites {
 impl DirtySource for OwnWrites {
     fn start(&self) -> io::Result<()> {
         for region in self.memory.iter() {
-            (**region).bitmap().reset();
+            (**region).bitmap().written.reset();
         }
         Ok(())
     }
@@ -107,7 +107,10 @@ impl DirtySource for OwnWrites {
 
     fn drain(&self, into: &mut DirtyPages) -> io::Result<()> {
         for region in self.memory.iter() {
-            into.add_words(region.start_addr(), &(**region).bitmap().get_and_reset());
+            into.add_words(
+                region.start_addr(),
+                &(**region).bitmap().written.get_and_reset(),
+            );
         }
         Ok(())
     }

@@ -136,11 +136,9 @@ pub(super) fn assemble(
     fds: &mut Received,
     mailbox: &Arc<Mailbox>,
 ) -> Result<Assembled, AssembleError> {
-    let options = MemoryOptions {
-        huge_pages: config.huge_pages,
-    };
-    let memory = memory::allocate(config.memory, &options)?;
+    let memory = memory::allocate(config.memory, &memory_options(config))?;
     let turns = recording::turns(config, fds, &memory)?;
+    let replays = turns.as_ref().is_some_and(|turns| turns.replays());
     let (engine, interrupts) = engine(config, fds, &memory, turns.clone())?;
     let mut assembler = Assembler {
         interrupts,
@@ -156,10 +154,6 @@ pub(super) fn assemble(
         turns,
         replay_bus: None,
     };
-    let replays = assembler
-        .turns
-        .as_ref()
-        .is_some_and(|turns| turns.replays());
     let power = assembler.add_legacy(config)?;
     let serial = assembler.add_serial(config, fds)?;
     let mut handles = Handles {
@@ -206,6 +200,15 @@ fn engine(
             both(Arc::new(SoftEngine::new(config)?))
         }
     })
+}
+
+fn memory_options(config: &VmConfig) -> MemoryOptions {
+    // Backends map it too, and a recording's sum skips what its file has holes for.
+    let shared = !config.disks.is_empty() || !config.networks.is_empty();
+    MemoryOptions {
+        huge_pages: config.huge_pages,
+        private: !shared && config.recording.is_none(),
+    }
 }
 
 /// An engine as the machine sees it, and as devices do.
@@ -414,6 +417,7 @@ impl Assembler {
             running: false,
             devices_paused: false,
             turns: self.turns,
+            written: Vec::new(),
         };
         Ok(Assembled {
             machine,
@@ -432,10 +436,12 @@ fn boot_source(config: &BootConfig, fds: &mut Received) -> io::Result<Option<Boo
             kernel,
             initrd,
             cmdline,
+            unchanging,
         } => BootSource::Kernel {
             kernel: file(*kernel)?,
             initrd: initrd.map(&mut file).transpose()?,
             cmdline: cmdline.clone(),
+            map: *unchanging,
         },
         BootConfig::Disk {
             disk,

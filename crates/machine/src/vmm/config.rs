@@ -219,6 +219,8 @@ pub enum BootConfig {
         initrd: Option<FdIndex>,
         /// The command line.
         cmdline: String,
+        /// Nobody writes to the files as long as the VM lives.
+        unchanging: bool,
     },
     /// The default boot entry of a disk.
     Disk {

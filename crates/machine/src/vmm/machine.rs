@@ -13,17 +13,18 @@
 //! devices work again before vCPUs run.
 
 use std::fs::File;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::config::{ResetCause, StopReason};
 use super::recording::{cause_number, reason_number};
 use super::vcpus::Vcpus;
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::boot::disk::{self, BlockRead, Choice};
-use crate::boot::{self, BootError, BootFile, Entry, LoadRequest};
+use crate::boot::{self, BootError, BootFile, Entry, LoadRequest, Loaded};
 use crate::device::{Device, DeviceError};
 use crate::engine::{Engine, EngineError};
 use crate::memory::{self, GuestMemory};
@@ -43,6 +44,8 @@ pub enum BootSource {
         initrd: Option<File>,
         /// The command line.
         cmdline: String,
+        /// The files may be mapped into guest memory.
+        map: bool,
     },
     /// A disk's boot entries.
     Disk {
@@ -113,6 +116,8 @@ pub struct Machine {
     pub(super) devices_paused: bool,
     /// Where the vCPUs take turns.
     pub(super) turns: Option<Arc<Turns>>,
+    /// Mapped pages that the guest will write to once it runs.
+    pub(super) written: Vec<Range<u64>>,
 }
 
 fn lock(device: &SharedDevice) -> MutexGuard<'_, dyn Device + 'static> {
@@ -139,7 +144,7 @@ impl Machine {
         }
     }
 
-    fn load(&self, opened: Opened) -> Result<Booted, MachineError> {
+    fn load(&mut self, opened: Opened) -> Result<Booted, MachineError> {
         let rsdp = acpi::write(&self.acpi, &self.memory)?;
         let (kernel, initrd, booted_entry, command_line) = opened;
         let ram = self.memory.iter().map(GuestMemoryRegion::len).sum();
@@ -150,8 +155,10 @@ impl Machine {
             rsdp: Some(rsdp.0),
             ram,
             zeroed: true,
+            map: matches!(self.boot, Some(BootSource::Kernel { map: true, .. })),
         };
-        let entry = boot::load(&self.memory, request)?;
+        let Loaded { entry, written } = boot::load(&self.memory, request)?;
+        self.written = written;
         let mut states = Vec::new();
         self.vcpus.for_each(|index, vcpu| {
             let mut state = vcpu.save()?;
@@ -200,6 +207,11 @@ impl Machine {
     fn run_some(&mut self, only: Option<usize>) {
         self.running = true;
         self.vcpus.run_some(only);
+        // While the guest takes its first steps, for it writes to these pages later.
+        for range in self.written.drain(..) {
+            let address = GuestAddress(range.start);
+            memory::populate(&self.memory, address, range.end - range.start);
+        }
     }
 
     /// Stops vCPUs, then devices. A machine that stands still is left alone.
@@ -320,6 +332,7 @@ impl BootSource {
                 kernel,
                 initrd,
                 cmdline,
+                ..
             } => {
                 let initrd = initrd.as_ref().map(again).transpose()?;
                 Ok((again(kernel)?, initrd, None, cmdline.clone()))

@@ -180,7 +180,7 @@ fn memory_sum(memory: &GuestMemory) -> io::Result<u32> {
     for region in memory.iter() {
         let offset = region
             .file_offset()
-            .expect("invariant: all guest memory is file-backed");
+            .expect("invariant: a recorded guest's memory is shared");
         let (first, end) = (offset.start(), offset.start() + region.len());
         let mut at = first;
         while let Some(data) = seek(offset.file(), SeekFrom::Data(at))?.filter(|data| *data < end) {

@@ -51,8 +51,9 @@ pub(crate) struct Options {
     #[arg(short, long, default_value = "512M")]
     pub(crate) memory: Bytes,
 
-    /// How RAM is backed.
-    #[arg(long, value_name = "PAGES", default_value = "none", value_parser = huge_pages())]
+    /// How RAM is backed: transparent huge pages as far as the host's kernel has them, or only small
+    /// ones, or reserved ones.
+    #[arg(long, value_name = "PAGES", default_value = "transparent", value_parser = huge_pages())]
     pub(crate) huge_pages: HugePages,
 
     /// A disk: a raw image or block device, or vhost-user:SOCKET for one that another process

@@ -19,6 +19,8 @@ pub(crate) enum Source {
         kernel: PathBuf,
         initrd: Option<PathBuf>,
         cmdline: String,
+        /// They are an image's, which appears and vanishes as a whole and is never written to.
+        unchanging: bool,
     },
     /// A disk that holds its own kernel; it is the VM's first disk too.
     Disk {
@@ -67,6 +69,7 @@ impl Source {
                 kernel: kernel.clone(),
                 initrd: options.initrd.clone(),
                 cmdline: String::from("console=ttyS0"),
+                unchanging: false,
             });
         }
         let wanted = options
@@ -113,6 +116,7 @@ impl Source {
             kernel: kernel.ok_or_else(|| format!("image '{name}' has neither disk nor kernel"))?,
             initrd: image.file(Role::Initrd),
             cmdline: cmdline.unwrap_or_default(),
+            unchanging: true,
             name,
         })
     }
@@ -155,6 +159,7 @@ impl Source {
                 kernel,
                 initrd,
                 cmdline,
+                unchanging,
                 ..
             } => {
                 let cmdline = options.cmdline.as_ref().unwrap_or(cmdline);
@@ -162,6 +167,7 @@ impl Source {
                     kernel: open(kernel)?,
                     initrd: initrd.as_deref().map(open).transpose()?,
                     cmdline: format!("{cmdline} {append}").trim_end().to_owned(),
+                    unchanging: *unchanging,
                 })
             }
             Self::Disk { disk, .. } => Ok(BootConfig::Disk {
