@@ -17,6 +17,10 @@ use std::thread::JoinHandle;
 
 use crate::engine::{BusAccess, EngineError, Exit, Kick, Vcpu};
 
+/// A vCPU thread's stack. In one of the usual two MiB the host's kernel would see room for a huge
+/// page, and clear it all at the first call.
+const STACK_BYTES: usize = 512 << 10;
+
 /// What all vCPUs shall do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Goal {
@@ -123,6 +127,7 @@ impl Vcpus {
             let (shared, vcpu) = (Arc::clone(&set.shared), Arc::clone(vcpu));
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
+                .stack_size(STACK_BYTES)
                 .spawn(move || shared.drive(index, &vcpu))?;
             set.threads.push(thread);
         }
