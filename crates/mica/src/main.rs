@@ -45,19 +45,19 @@ enum Command {
     /// Serve and inspect storage.
     #[command(subcommand)]
     Storage(storage::Command),
-    /// The VM process itself; `mica run` starts it.
-    #[command(hide = true)]
-    VmProcess,
 }
 
 fn main() -> ExitCode {
+    // What `mica run` starts does not spend its first milliseconds on a command line.
+    if run::is_vm_process() {
+        return run::vm_process();
+    }
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Run(options) => run::run(*options, arguments.output),
         Command::Vm(command) => vm::run(command, arguments.output),
         Command::Image(command) => image::run(command, arguments.output),
         Command::Storage(command) => storage::run(command, arguments.output),
-        Command::VmProcess => Ok(run::vm_process()),
     };
     match result {
         Ok(code) => code,

@@ -46,6 +46,8 @@ const FIRST_VM_USER: u32 = 2_000_000_000;
 pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode, Box<dyn Error>> {
     // Signals first: from here on an interrupt ends things in order.
     let signals = Signals::take()?;
+    // It gets ready while we find out what it has to do; should that fail, it sees our end and goes.
+    let (channel, child) = spawn()?;
     let source = Source::resolve(&options)?;
     let recording = Recording::open(&mut options)?;
     let (mut control, name) = control_socket(&options, &source)?;
@@ -96,11 +98,8 @@ pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode
         on_panic: options.on_panic.into(),
     };
 
-    let raw_mode = if target == ConsoleTarget::Stdio {
-        Some(RawMode::enter()?)
-    } else {
-        None
-    };
+    let raw_mode = (target == ConsoleTarget::Stdio).then(RawMode::enter);
+    let raw_mode = raw_mode.transpose()?;
     let raw = raw_mode.as_ref().is_some_and(RawMode::is_raw);
     let reporter = Reporter::new(output, &name, raw);
     reporter.supervisor(&SupervisorEvent::Starting {
@@ -112,7 +111,6 @@ pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode
         control: control.path().display().to_string(),
     });
 
-    let (channel, child) = spawn()?;
     channel.send(&ToVm::Start(Box::new(config)), attachments)?;
     let supervisor = Supervisor {
         name,
@@ -129,15 +127,25 @@ pub(crate) fn run(mut options: Options, output: OutputFormat) -> Result<ExitCode
     Ok(report::exit_code(reason?))
 }
 
-/// The console, and the far end for the VM process.
+/// The near end of the guest's console, and the far one if there is any.
 fn open_console(target: &ConsoleTarget) -> Result<(Console, Option<UnixStream>), Box<dyn Error>> {
-    Ok(match target {
-        ConsoleTarget::Off => (Console::off(), None),
-        ConsoleTarget::Stdio => Console::stdio().map(|(near, far)| (near, Some(far)))?,
+    let (near, far) = match target {
+        ConsoleTarget::Off => return Ok((Console::off(), None)),
+        ConsoleTarget::Stdio => Console::stdio()?,
         ConsoleTarget::File(path) => Console::file(path)
-            .map(|(near, far)| (near, Some(far)))
             .map_err(|error| format!("cannot write the console to {}: {error}", path.display()))?,
-    })
+    };
+    Ok((near, Some(far)))
+}
+
+/// The VM process's only argument.
+const VM_PROCESS: &str = "vm-process";
+
+/// Whether this process is one that [`spawn`] has started.
+pub(crate) fn is_vm_process() -> bool {
+    std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == VM_PROCESS)
 }
 
 /// The VM process: what `mica run` starts as its child.
@@ -156,7 +164,7 @@ pub(crate) fn vm_process() -> ExitCode {
 fn spawn() -> io::Result<(Channel, Child)> {
     let (ours, theirs) = Channel::pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("mica-vm").arg("vm-process").env_clear();
+    command.arg0("mica-vm").arg(VM_PROCESS).env_clear();
     // Before glibc gives a part of a thread's heap back for the first time, it reads how the kernel
     // overcommits, and in the jail nothing can be opened: it is not to give back.
     command.env("MALLOC_TRIM_THRESHOLD_", i32::MAX.to_string());
