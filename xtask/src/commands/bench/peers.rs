@@ -23,8 +23,10 @@ const QEMU_ROMS: [&str; 4] = [
     "linuxboot_dma.bin",
 ];
 
-/// Where the guest's files are inside the lab.
-const GUEST: &str = "/bench/guest";
+/// Where the guest's files are inside the lab: an image of the Mica whose home this is.
+const HOME: &str = "/bench";
+const GUEST: &str = "/bench/images/guest";
+const MANIFEST: &str = "manifest.json";
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
 
 /// The guest's memory.
@@ -43,6 +45,7 @@ pub(super) struct Plan {
 pub(super) struct Vmm {
     pub(super) name: String,
     pub(super) argv: Vec<String>,
+    pub(super) environment: Vec<(String, String)>,
 }
 
 impl Vmm {
@@ -58,7 +61,8 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
     let command_line = command_line(&guest)?;
     let mut vmms = microvms(&command_line);
     if !arguments.peers_only {
-        vmms.insert(0, mica_run(&command_line));
+        let image = guest.join(MANIFEST).exists();
+        vmms.insert(0, mica_run(image, &command_line));
     }
     let plan = Plan {
         runs: arguments.runs,
@@ -77,8 +81,11 @@ pub(super) fn measure_in_lab(bench: &str, arguments: &Arguments) -> Result<Vec<S
         .file(mica, "/usr/bin/mica")
         .file(xtask, "/bench/xtask")
         .file(plan_path, "/bench/plan.json");
-    for file in ["kernel", "vmlinux", "initrd"] {
-        lab = lab.file(guest.join(file), format!("{GUEST}/{file}"));
+    for file in ["kernel", "vmlinux", "initrd", MANIFEST] {
+        let path = guest.join(file);
+        if file != MANIFEST || path.exists() {
+            lab = lab.file(path, format!("{GUEST}/{file}"));
+        }
     }
     lab = with_microvm(lab)?;
     let outcome = lab.run(&format!("/bench/xtask lab-side {bench} /bench/plan.json"))?;
@@ -131,7 +138,7 @@ fn build_guest(mica: &Path) -> Result<PathBuf> {
 
 /// The image's own, for every VMM alike.
 fn command_line(guest: &Path) -> Result<String> {
-    let path = guest.join("manifest.json");
+    let path = guest.join(MANIFEST);
     if !path.exists() {
         return Ok(DEFAULT_COMMAND_LINE.into());
     }
@@ -144,28 +151,30 @@ fn command_line(guest: &Path) -> Result<String> {
         .to_owned())
 }
 
-/// The engine is named so that neither side spends time on choosing one.
-fn mica_run(command_line: &str) -> Vmm {
+/// As a user starts the image; a folder that is none, by its files. The engine is named so that
+/// neither side spends time on choosing one.
+fn mica_run(image: bool, command_line: &str) -> Vmm {
     let memory = format!("{MEMORY_MIB}M");
     let kernel = format!("{GUEST}/vmlinux");
     let initrd = format!("{GUEST}/initrd");
-    vmm(
-        "mica",
-        &[
-            "/usr/bin/mica",
-            "run",
-            "--engine",
-            "kvm",
-            "--kernel",
-            &kernel,
-            "--initrd",
-            &initrd,
-            "--cmdline",
-            command_line,
-            "--memory",
-            &memory,
-        ],
-    )
+    let mut argv = vec![
+        "/usr/bin/mica",
+        "run",
+        "--engine",
+        "kvm",
+        "--memory",
+        &memory,
+    ];
+    if image {
+        argv.push("guest");
+    } else {
+        argv.extend(["--kernel", &kernel, "--initrd", &initrd]);
+        argv.extend(["--cmdline", command_line]);
+    }
+    Vmm {
+        environment: vec![("MICA_HOME".to_owned(), HOME.to_owned())],
+        ..vmm("mica", &argv)
+    }
 }
 
 /// The microvm as QEMU's documentation (docs/system/i386/microvm.rst) sets it up for start-up time,
@@ -214,6 +223,7 @@ pub(super) fn vmm(name: &str, argv: &[&str]) -> Vmm {
     Vmm {
         name: name.into(),
         argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+        environment: Vec::new(),
     }
 }
 

@@ -28,6 +28,7 @@ impl Running {
             .ok_or_else(|| Error::Other(format!("{} has no command", vmm.name)))?;
         let mut child = Command::new(program)
             .args(arguments)
+            .envs(vmm.environment.iter().cloned())
             .process_group(0)
             // Open and silent, like a terminal at which nobody types.
             .stdin(Stdio::piped())
