@@ -106,6 +106,37 @@ fn a_cut_off_recording_is_read_as_far_as_it_is_whole() {
     assert!(matches!(short, Err(ReplayError::NoRecording)));
 }
 
+/// A disk that fills up.
+struct Full(usize);
+
+impl Write for Full {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0 == 0 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        let taken = bytes.len().min(self.0);
+        self.0 -= taken;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn nothing_follows_what_a_disk_has_not_taken() {
+    let begun = Shared::default();
+    Writer::new(Box::new(begun.clone()), &header()).unwrap();
+    let room = begun.0.lock().unwrap().len() + 5;
+    let mut writer = Writer::new(Box::new(Full(room)), &header()).unwrap();
+    writer.add(1, &Record::Run).unwrap();
+    let error = writer.flush().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    writer.add(2, &Record::Run).unwrap();
+    assert!(writer.flush().is_err(), "even if there were room again");
+}
+
 #[test]
 fn damage_is_noticed() {
     let whole = recorded();

@@ -18,6 +18,8 @@ pub struct Writer {
     /// The last entry's.
     position: u64,
     flushed: Instant,
+    /// The file has not taken a chunk: what followed it could not be read.
+    broken: bool,
 }
 
 impl Writer {
@@ -41,6 +43,7 @@ impl Writer {
             content: Vec::with_capacity(CHUNK),
             position: 0,
             flushed: Instant::now(),
+            broken: false,
         })
     }
 
@@ -94,7 +97,12 @@ impl Writer {
         }
         chunk.extend(stored);
         self.content.clear();
-        self.file.write_all(&chunk)
+        if self.broken {
+            return Err(io::Error::other("the file has failed before"));
+        }
+        let written = self.file.write_all(&chunk);
+        self.broken = written.is_err();
+        written
     }
 }
 

@@ -146,7 +146,7 @@ pub struct Turns {
     /// Somebody may have written memory.
     touched: AtomicBool,
     /// What went wrong inside a run.
-    failed: Mutex<Option<ReplayError>>,
+    failed: Mutex<Option<TurnError>>,
 }
 
 impl Turns {
@@ -333,13 +333,12 @@ impl Turns {
             let mut tape = lock(&self.tape);
             let value = tape.replay_read(position, place);
             tape.pause_at_next(position, &self.meter);
-            value
+            value.map_err(TurnError::from)
         } else {
             let value = answer();
             let record = Record::read(place, value);
-            // What fails here is told at the run's end, when there is more to record.
-            let _ = lock(&self.tape).add(position, &record);
-            Ok(value)
+            let added = lock(&self.tape).add(position, &record);
+            added.map(|()| value).map_err(TurnError::from)
         };
         result.unwrap_or_else(|error| {
             lock(&self.failed).get_or_insert(error);

@@ -16,7 +16,8 @@ use mica_machine::vmm::config::{OnPanic, OnReset};
 ///
 /// Exit status: 0 the guest powered off, 1 Mica failed, 2 wrong usage, 3 stopped from outside,
 /// 4 the guest reset and --no-reboot was given, 5 triple fault and --no-reboot was given,
-/// 6 the guest panicked and --on-panic stop was given, 7 the engine failed.
+/// 6 the guest panicked and --on-panic stop was given, 7 the engine failed, or a replay went another
+/// way than its recording.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// An image's name, or the path of a bootable disk image or block device.

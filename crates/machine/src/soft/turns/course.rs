@@ -124,7 +124,7 @@ impl Turns {
         check: &dyn Fn() -> u32,
     ) -> Result<Next, TurnError> {
         if let Some(error) = lock(&self.failed).take() {
-            return Err(error.into());
+            return Err(error);
         }
         let mut course = lock(&self.course);
         loop {
