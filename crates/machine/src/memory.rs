@@ -7,7 +7,7 @@
 //!
 //! Where backends share a guest's memory, all its regions are ranges of one memfd, sealed at its full
 //! size: a backend that has mapped it never takes a `SIGBUS` because somebody shrank the file.
-//! Without backends it is this process's own, and [`overlay`] puts pages of files in its place.
+//! Without backends it is this process's own, and [`overlay()`] puts pages of files in its place.
 //! Nothing is allocated before the guest touches it, and [`discard`] gives pages back while the guest
 //! runs.
 
