@@ -186,7 +186,7 @@ impl Processor {
             let limit = if look || step || debugged { 1 } else { budget };
             self.state.shadow = false;
             let resumed = self.take_resume_flag();
-            let ended = if self.has_breakpoints() {
+            let ended = if self.is_watched() {
                 self.see_watched(cache);
                 self.run_watched(env, resumed)
             } else {

@@ -161,7 +161,9 @@ impl Frame<'_> {
             Ok(Flow::Next) => {
                 let written = self.cpu.ram.code_epoch.load(Ordering::SeqCst) != self.epoch;
                 let last = usize::from(op.at) + 1 == self.block.count();
-                if written || self.cpu.state.shadow || last && self.block.privileged {
+                // POPF may have asked for aligned accesses, which micro-operations do not check.
+                let watched = self.cpu.checks_alignment();
+                if written || watched || self.cpu.state.shadow || last && self.block.privileged {
                     self.ended.look = true;
                     self.stop_before(op.at + 1);
                 }

@@ -33,7 +33,7 @@ impl Processor {
         user: bool,
     ) -> Result<u64, Exception> {
         if self.accesses.is_some() {
-            self.note_access(linear, size.into(), Access::Read);
+            self.note_access(linear, size.into(), Access::Read, user)?;
         }
         if (linear & (PAGE - 1)) + u64::from(size) > PAGE {
             let mut bytes = [0; 8];
@@ -91,7 +91,7 @@ impl Processor {
         user: bool,
     ) -> Result<(), Exception> {
         if self.accesses.is_some() {
-            self.note_access(linear, size.into(), Access::Write);
+            self.note_access(linear, size.into(), Access::Write, user)?;
         }
         if (linear & (PAGE - 1)) + u64::from(size) > PAGE {
             return self.store_bytes_as(env, linear, &value.to_le_bytes()[..size.into()], user);
@@ -129,7 +129,7 @@ impl Processor {
         user: bool,
     ) -> Result<(), Exception> {
         if self.accesses.is_some() {
-            self.note_access(linear, bytes.len(), Access::Read);
+            self.note_access(linear, bytes.len(), Access::Read, user)?;
         }
         for (linear, byte) in (0..).map(|offset| linear.wrapping_add(offset)).zip(bytes) {
             let at = self.translate(linear, Access::Read, user)?;
@@ -159,7 +159,7 @@ impl Processor {
             return Ok(());
         };
         if self.accesses.is_some() {
-            self.note_access(linear, bytes.len(), Access::Write);
+            self.note_access(linear, bytes.len(), Access::Write, user)?;
         }
         self.translate(linear, Access::Write, user)?;
         let end = linear.wrapping_add(last);
@@ -185,7 +185,7 @@ impl Processor {
     ) -> Result<u64, Exception> {
         self.check_write(linear, size)?;
         if self.accesses.is_some() {
-            self.note_access(linear, size.into(), Access::Write);
+            self.note_access(linear, size.into(), Access::Write, self.is_user())?;
         }
         let user = self.is_user();
         let at = self.translate(linear, Access::Write, user)?;
@@ -220,7 +220,7 @@ impl Processor {
         new: u128,
     ) -> Result<u128, Exception> {
         if self.accesses.is_some() {
-            self.note_access(linear, 16, Access::Write);
+            self.note_access(linear, 16, Access::Write, self.is_user())?;
         }
         let user = self.is_user();
         let at = self.translate(linear, Access::Write, user)?;

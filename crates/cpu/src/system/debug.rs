@@ -7,7 +7,7 @@ use crate::error::{Exception, Vector};
 use crate::interpret::Ended;
 use crate::mmu::Access;
 use crate::processor::{Environment, Processor};
-use crate::state::Mode;
+use crate::state::{Mode, rflags};
 
 /// DR7.GD: MOV to and from debug registers raises #DB.
 const GENERAL_DETECT: u64 = 1 << 13;
@@ -39,6 +39,17 @@ fn index_of(register: Register) -> Option<usize> {
         Register::DR7,
     ];
     NAMES.iter().position(|name| *name == register)
+}
+
+/// What the address of an operand of so many bytes has to be a multiple of (SDM volume 3, table 6-7). For
+/// 16 bytes a processor may choose not to check, where the instruction does not by itself.
+const fn alignment(len: usize) -> u64 {
+    match len {
+        2 => 2,
+        4 | 6 => 4,
+        8 | 10 => 8,
+        _ => 1,
+    }
 }
 
 impl Processor {
@@ -117,23 +128,47 @@ impl Processor {
             .fold(0, |hits, index| hits | 1 << index)
     }
 
-    /// Notes an access to data, for its breakpoints.
+    /// Whether the program's accesses have to be aligned (SDM volume 3, 6.15, interrupt 17).
+    #[inline]
+    pub(crate) fn checks_alignment(&self) -> bool {
+        const AM: u64 = 1 << 18;
+        self.state.flags & rflags::AC != 0 && self.state.cr0 & AM != 0 && self.state.cpl() == 3
+    }
+
+    /// Whether each access to data has to be looked at.
+    #[inline]
+    pub(crate) fn is_watched(&self) -> bool {
+        self.has_breakpoints() || self.checks_alignment()
+    }
+
+    /// Notes an access to data, for its breakpoints. One with the rights of CPL 3 faults if it has to be
+    /// aligned and is not.
     #[cold]
-    pub(crate) fn note_access(&mut self, linear: u64, len: usize, access: Access) {
+    pub(crate) fn note_access(
+        &mut self,
+        linear: u64,
+        len: usize,
+        access: Access,
+        user: bool,
+    ) -> Result<(), Exception> {
         const WRITE: u64 = 1;
         const ACCESS: u64 = 3;
         let kinds: &[u64] = match access {
             Access::Write => &[WRITE, ACCESS],
             Access::Read => &[ACCESS],
-            Access::Fetch => return,
+            Access::Fetch => return Ok(()),
         };
+        if user && self.checks_alignment() && !linear.is_multiple_of(alignment(len)) {
+            return Err(Exception::with_code(Vector::AlignmentCheck, 0));
+        }
         let hits = self.breakpoints_at(linear, len as u64, kinds);
         if let Some(noted) = &mut self.accesses {
             noted.0 |= hits;
         }
+        Ok(())
     }
 
-    /// Executes one instruction while there are breakpoints; `resumed`: with RF, which passes one on
+    /// Executes one instruction while its accesses are looked at; `resumed`: with RF, which passes one on
     /// the instruction itself.
     pub(crate) fn run_watched(&mut self, env: &dyn Environment, resumed: bool) -> Ended {
         const EXECUTE: u64 = 0;

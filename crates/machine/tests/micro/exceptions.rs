@@ -271,3 +271,52 @@ fn the_fpu_is_not_available_while_a_task_switch_is_noted() {
         guest.fault(NM, None, |a| a.fld1());
     });
 }
+
+/// CR0.AM, and the flag that goes with it.
+const AM: u64 = 1 << 18;
+const FLAG_AC: u64 = 1 << 18;
+
+#[test]
+fn ring_3_may_have_its_accesses_checked_for_alignment() {
+    type Access = fn(&mut CodeAssembler) -> Assembled;
+    let accesses: [Access; 6] = [
+        |a| a.mov(ax, word_ptr(rsp + 1)),
+        |a| a.mov(dword_ptr(rsp + 2), eax),
+        |a| a.add(qword_ptr(rsp + 4), rax),
+        |a| a.fld(qword_ptr(rsp + 4)),
+        |a| a.xchg(dword_ptr(rsp + 1), eax),
+        |a| a.push(qword_ptr(rsp + 4)),
+    ];
+    for access in accesses {
+        on_every_engine(|guest| {
+            guest.user_mode();
+            guest.state.special.cr0 |= AM;
+            // SDM 3A, 6.15, interrupt 17: a fault with an error code of zero; bytes and what is aligned
+            // do not fault, nor does anything before the flag is set.
+            let frame = guest.fault(AC, 0, |a| {
+                a.sub(rsp, 32)?;
+                a.mov(rax, qword_ptr(rsp + 3))?;
+                a.pushfq()?;
+                a.or(dword_ptr(rsp), FLAG_AC as i32)?;
+                a.popfq()?;
+                a.mov(al, byte_ptr(rsp + 3))?;
+                a.mov(eax, dword_ptr(rsp + 4))?;
+                access(a)
+            });
+            assert_eq!(frame.cs, USER_CODE64);
+            assert_eq!(frame.rflags & FLAG_AC, FLAG_AC);
+        });
+    }
+}
+
+#[test]
+fn ring_0_has_its_accesses_not_checked() {
+    on_every_engine(|guest| {
+        guest.state.special.cr0 |= AM;
+        guest.state.general.rflags |= FLAG_AC;
+        guest.fault(UD, None, |a| {
+            a.mov(rax, qword_ptr(rsp - 13))?;
+            a.ud2()
+        });
+    });
+}

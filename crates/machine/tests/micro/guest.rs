@@ -49,6 +49,7 @@ pub const NP: u8 = 11;
 pub const SS: u8 = 12;
 pub const GP: u8 = 13;
 pub const PF: u8 = 14;
+pub const AC: u8 = 17;
 
 /// Which port writes end a run, and which are collected.
 struct Reports {
