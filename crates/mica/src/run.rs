@@ -186,7 +186,6 @@ fn spawn() -> io::Result<(Channel, Child)> {
     Ok((ours, child))
 }
 
-/// The control socket and the name it gives the VM: as asked for, or the first one that is free.
 /// The socket for a debugger, which is removed at the end.
 fn gdb_socket(
     options: &Options,
@@ -205,6 +204,7 @@ fn gdb_socket(
     Ok(Some((file, config)))
 }
 
+/// The control socket and the name it gives the VM: as asked for, or the first one that is free.
 fn control_socket(
     options: &Options,
     source: &Source,
