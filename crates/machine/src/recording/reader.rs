@@ -6,6 +6,7 @@ use minicbor::Decoder;
 
 use super::record::{Entry, Header, Record};
 use super::{MAGIC, MAX_CONTENT, MAX_HEADER, MAX_STORED, VERSION};
+use crate::engine::MAX_VCPUS;
 
 /// Why a recording cannot be replayed (further).
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +80,11 @@ impl Reader {
         }
         let mut header = vec![0; len as usize];
         file.read_exact(&mut header)?;
-        let header = minicbor::decode(&header).map_err(ReplayError::damaged)?;
+        let header: Header = minicbor::decode(&header).map_err(ReplayError::damaged)?;
+        if !(1..=MAX_VCPUS).contains(&header.vcpus) {
+            let what = format!("{} vCPUs; possible are 1 to {MAX_VCPUS}", header.vcpus);
+            return Err(ReplayError::Damaged(what));
+        }
         Ok(Self {
             file,
             header,

@@ -36,16 +36,13 @@ pub struct Entry {
 }
 
 /// Where a guest reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// A port, or a physical address.
-    #[n(0)]
     pub port: bool,
     /// Its number.
-    #[n(1)]
     pub address: u64,
     /// How many bytes.
-    #[n(2)]
     pub size: u8,
 }
 

@@ -149,6 +149,13 @@ fn damage_is_noticed() {
     let mut newer = whole.clone();
     newer[8] = 9;
     assert!(matches!(read(&newer), Err(ReplayError::Version(9))));
+    for vcpus in [0, 255, u32::MAX] {
+        let file = Shared::default();
+        let impossible = Header { vcpus, ..header() };
+        Writer::new(Box::new(file.clone()), &impossible).unwrap();
+        let error = read(&file.0.lock().unwrap()).unwrap_err();
+        assert!(error.to_string().contains("vCPUs"), "{error}");
+    }
     newer[0] = b'm';
     assert!(matches!(read(&newer), Err(ReplayError::NoRecording)));
 }
