@@ -35,9 +35,7 @@ impl Lines {
             level: AtomicBool::new(false),
         })
     }
-}
 
-impl Lines {
     /// The pin changes, now or when it is its turn.
     fn drive(&self, gsi: u32, level: bool) {
         match &self.shared.turns {

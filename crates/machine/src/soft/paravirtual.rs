@@ -132,8 +132,8 @@ impl SoftVcpu {
         }
     }
 
-    /// The vCPU is halted: whether it was kicked before, and is not any more.
-    pub(super) fn is_kicked(&mut self) -> bool {
+    /// The vCPU is halted: ends that if it was kicked before, and says whether it was.
+    pub(super) fn take_kick(&mut self) -> bool {
         let kicked = self.local.paravirtual.kicked.take();
         self.processor.state.halted &= !kicked;
         kicked
@@ -141,7 +141,7 @@ impl SoftVcpu {
 
     /// The vCPU is halted: sleeps until it is roused, unless it was kicked before.
     pub(super) fn halt(&mut self) {
-        if self.is_kicked() {
+        if self.take_kick() {
             return;
         }
         let own = &self.local.paravirtual;

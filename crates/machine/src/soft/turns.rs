@@ -9,9 +9,9 @@
 //!      ▲  visit: devices' threads work while nobody runs
 //! ```
 //!
-//! The *position* is what the processors have used of their budgets ([`mica_cpu::Meter`]); a run's budget ends exactly at timers'
-//! deadlines, and a recorded input is replayed at the position at which it was taken. What makes that
-//! enough:
+//! The *position* is what the processors have used of their budgets ([`mica_cpu::Meter`]). A run's
+//! budget ends exactly at timers' deadlines, and a recorded input is replayed at the position at which
+//! it was taken. What makes that enough:
 //!
 //! 1. One vCPU runs at a time, in an order that follows from positions alone.
 //! 2. Whatever changes a guest or the order of turns uses at least one unit; so what happens between

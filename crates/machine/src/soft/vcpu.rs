@@ -217,7 +217,7 @@ impl SoftVcpu {
             // An outstanding end of PV EOI stays so: that the run was broken off is nothing to notice.
             let asleep = match stop {
                 Stop::Attention => false,
-                Stop::Halted if !waits && self.is_kicked() => {
+                Stop::Halted if !waits && self.take_kick() => {
                     turns.meter().add(1);
                     false
                 }
